@@ -1,0 +1,203 @@
+"""Samples per second of the loader against webdataset's own decoding, tarfile + PIL and PIL alone.
+
+    python benchmarks/loader.py [--samples 2000] [--workers 0 2] [--rounds 3] [--sets small large]
+
+"small" are 32 x 32 PNG pictures read at 32, "large" are JPEG photographs of 640 x 480 read at 256, both drawn on the
+spot with English and Chinese captions. All contestants read the same shards, decode, resize, cut, turn into float
+batches of 64 in [-1, 1] and carry one caption per picture. Rounds alternate between contestants; the median counts.
+PIL alone has the bytes in memory and reads no captions. Latents are read by the loader from its cache, once with
+captions from the shards and once with everything but the latents kept in memory (`in_memory`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import platform
+import statistics
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import webdataset
+from PIL import Image
+
+from datamodules.encode import encode
+from datamodules.image_text import ImageText, to_images
+from datamodules.shards import ShardWriter
+from datamodules.streams import StreamLoader
+
+BATCH = 64
+SETS = {"small": ("png", (32, 32), 32), "large": ("jpg", (640, 480), 256)}  # name -> format, stored size, size read
+
+
+def draw(i: int, extension: str, width: int, height: int) -> bytes:
+    """An encoded picture of a few soft patches with grain, so that its file is about as large as a photograph's."""
+    generator = np.random.default_rng(i)
+    coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
+    grain = generator.integers(-12, 13, (height, width, 1), dtype=np.int16)
+    stream = io.BytesIO()
+    options = {"quality": 90} if extension == "jpg" else {}
+    image = Image.fromarray((pixels + grain).clip(0, 255).astype(np.uint8))
+    image.save(stream, "jpeg" if extension == "jpg" else "png", **options)
+    return stream.getvalue()
+
+
+def make_data_set(folder: Path, name: str, samples: int) -> Path:
+    extension, (width, height), _ = SETS[name]
+    folder = folder / name
+    folder.mkdir()
+    writer = ShardWriter(folder, "train", samples_per_shard=max(1, samples // 8))
+    for i in range(samples):
+        caption = {"en": [f"picture number {i} of soft patches", f"patches, {i}"], "zh": [f"第{i}张图片"]}
+        writer.write(f"{i:08d}", draw(i % 200, extension, width, height), extension, {"caption": caption})
+    writer.close()
+    (folder / "dataset.json").write_text(json.dumps({"name": name, "splits": {"train": samples}}))
+    return folder
+
+
+def pillow_square(image: Image.Image, size: int) -> np.ndarray:
+    """The centre square with Pillow's own resize, as the other contestants would use it."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    if side != size:
+        image = image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+    return np.asarray(image)
+
+
+def ours(folder: Path, size: int, workers: int, **options: object) -> Iterator[tuple]:
+    stream = ImageText(str(folder), batch_size=BATCH, size=size, **options)
+    stream.prepare()
+    stream.setup()
+    stream.begin(0, "main")
+    for batch in StreamLoader({"main": stream}, lambda _: 0, workers=workers):
+        records = batch["main"]
+        yield (records.latent if records.image is None else records.image), records.caption
+
+
+def through_webdataset(folder: Path, size: int, workers: int) -> Iterator[tuple]:
+    def prepare(sample: tuple) -> tuple:
+        image, meta = sample
+        return to_images(pillow_square(image, size)[None])[0], meta["caption"]["en"][0]
+
+    shards = [str(path) for path in sorted(folder.glob("*.tar"))]
+    dataset = webdataset.WebDataset(shards, shardshuffle=len(shards), seed=0).shuffle(1000).decode("pilrgb")
+    dataset = dataset.to_tuple("png;jpg", "json").map(prepare).batched(BATCH).repeat()
+    yield from webdataset.WebLoader(dataset, batch_size=None, num_workers=workers)
+
+
+def through_tarfile(folder: Path, size: int) -> Iterator[tuple]:
+    pictures, captions = [], []
+    while True:
+        for path in sorted(folder.glob("*.tar")):
+            with tarfile.open(path) as tar:
+                for member in tar:
+                    data = tar.extractfile(member).read()
+                    if member.name.endswith(".json"):
+                        captions.append(json.loads(data)["caption"]["en"][0])
+                    else:
+                        pictures.append(pillow_square(Image.open(io.BytesIO(data)).convert("RGB"), size))
+                    if len(pictures) == len(captions) == BATCH:
+                        yield to_images(np.stack(pictures)), captions
+                        pictures, captions = [], []
+
+
+def pil_alone(folder: Path, size: int) -> Iterator[tuple]:
+    with tarfile.open(min(folder.glob("*.tar"))) as tar:
+        files = [tar.extractfile(m).read() for m in tar if not m.name.endswith(".json")]
+    start = 0
+    while True:
+        chosen = [files[(start + i) % len(files)] for i in range(BATCH)]
+        yield to_images(np.stack([pillow_square(Image.open(io.BytesIO(f)).convert("RGB"), size) for f in chosen])), []
+        start += BATCH
+
+
+def rate(batches: Iterator[tuple], samples: int) -> float:
+    """Samples per second after a warm-up that starts workers and fills shuffle buffers."""
+    for _ in range(1100 // BATCH):
+        next(batches)
+    count, start = 0, time.perf_counter()
+    while count < samples:
+        count += len(next(batches)[0])
+    return count / (time.perf_counter() - start)
+
+
+def small_vae(folder: Path) -> str:
+    """An untrained autoencoder with the shapes of a real one; its weights do not matter for reading latents."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        norm_num_groups=2,
+        latent_channels=4,
+    )
+    vae.save_pretrained(folder)
+    return str(folder)
+
+
+def measure(options: argparse.Namespace) -> list[str]:
+    rows = ["| pictures | workers | contestant | samples/s | against webdataset |", "|---|---|---|---|---|"]
+    with tempfile.TemporaryDirectory() as temporary:
+        vae = small_vae(Path(temporary) / "vae")
+        for name in options.sets:
+            size = SETS[name][2]
+            folder = make_data_set(Path(temporary), name, options.samples)
+            encode(folder, "train", vae, size)
+            for workers in options.workers:
+                contestants: dict[str, Callable[[], Iterator[tuple]]] = {
+                    "ours, decoded": partial(ours, folder, size, workers),
+                    "webdataset, decoded": partial(through_webdataset, folder, size, workers),
+                    "ours, latents": partial(ours, folder, size, workers, latents=vae),
+                    "ours, latents, captions in memory": partial(
+                        ours, folder, size, workers, latents=vae, in_memory=True
+                    ),
+                }
+                if workers == 0:  # these two have no workers
+                    contestants["tarfile + PIL"] = partial(through_tarfile, folder, size)
+                    contestants["PIL alone"] = partial(pil_alone, folder, size)
+                rates: dict[str, list[float]] = {label: [] for label in contestants}
+                for _ in range(options.rounds):
+                    for label, start in contestants.items():
+                        rates[label].append(rate(start(), options.samples))
+                medians = {label: statistics.median(values) for label, values in rates.items()}
+                for label, value in medians.items():
+                    ratio = value / medians["webdataset, decoded"]
+                    rows.append(f"| {name} | {workers} | {label} | {value:,.0f} | {ratio:.2f} |")
+    return rows
+
+
+def machine() -> str:
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, webdataset {webdataset.__version__}"
+    return (
+        f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {versions}, Pillow {Image.__version__}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=2000, help="pictures in a data set and in a timed round")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print("\n".join(measure(options)))
+    print(f"\nMachine: {machine()}. Command: python benchmarks/loader.py {' '.join(sys.argv[1:])}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Lightning callbacks: pictures, metrics and speed while a method trains."""

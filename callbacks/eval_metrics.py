@@ -1,0 +1,136 @@
+"""Metrics of generated pictures while training goes on, within a share of its time, and in full by `validate`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+
+from callbacks.inference import data_name, log_metrics, records_of, undisturbed
+from lightning_t2i.errors import UserError
+from lightning_t2i.method import Generates
+from lightning_t2i.metrics.scorers import SCORERS, Scorer, ScorerOptions, build_scorer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What is measured on generated pictures, and when.
+
+    Args:
+        enabled: measure at all.
+        metrics: any of shapes_score, fd, kd, clip_score.
+        every: training steps between two evaluations.
+        n: pictures of one evaluation, rounded up to whole validation batches; fewer when the data has fewer.
+        max_fraction: share of the training time so far that evaluation may have taken; one that would take more is
+            left out. `validate` and `test` know no limit.
+        networks: where the metrics' networks and references are.
+    """
+
+    enabled: bool = True
+    metrics: list[str] = field(default_factory=list)
+    every: int = 1000
+    n: int = 400
+    max_fraction: float = 0.02
+    networks: ScorerOptions = field(default_factory=ScorerOptions)
+
+    def __post_init__(self) -> None:
+        for name in self.metrics:
+            if name not in SCORERS:
+                raise UserError("There is no such metric", where="eval.metrics", given=name, allowed=SCORERS)
+        for name in ("every", "n"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1", where=f"eval.{name}", given=getattr(self, name))
+        if not 0 < self.max_fraction <= 1:
+            raise UserError("The share is out of range", where="eval.max_fraction", given=self.max_fraction)
+
+
+class EvalMetrics(L.Callback):
+    """Generates pictures for the validation prompts at fixed noise and logs `eval/<metric>@n=...`.
+
+    The picture of a prompt depends on the run's seed and the prompt's position: it is the same at every evaluation of
+    the same weights, on any number of ranks.
+
+    Args:
+        options: what and when.
+        clock: seconds, for tests.
+    """
+
+    def __init__(self, options: EvalOptions | None = None, clock: Callable[[], float] = time.monotonic):
+        self.options, self.clock = options or EvalOptions(), clock
+        self.results: dict[str, float] = {}
+        self.spent = 0.0
+        self.skipped = 0
+        self._longest = 0.0
+        self._start = 0.0
+        self._last = 0
+        self._scorers: list[Scorer] | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._last, self._start, self.spent = pl_module.counters.step, self.clock(), 0.0
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *unused: Any) -> None:
+        step = pl_module.counters.step
+        if step != self._last and step % self.options.every == 0 and self._affordable(trainer):
+            start = self.clock()
+            self._evaluate(trainer, pl_module, "val", "eval")
+            self._longest = max(self._longest, self.clock() - start)
+            self.spent += self.clock() - start
+        self._last = step
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.state.fn == "validate":
+            self._evaluate(trainer, pl_module, "val", "eval")
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._evaluate(trainer, pl_module, "test", "test")
+
+    def _affordable(self, trainer: L.Trainer) -> bool:
+        """Whether one more evaluation, as long as the longest so far, keeps within the budget; rank 0 decides."""
+        trained = self.clock() - self._start - self.spent
+        fits = self.spent + self._longest <= self.options.max_fraction * trained
+        fits = trainer.strategy.broadcast(fits or self.spent == 0)
+        if not fits:
+            if self.skipped == 0 and trainer.is_global_zero:
+                log.warning(
+                    "Evaluations are left out: they took %.1f s, the longest %.1f s, in %.1f s of training, and "
+                    "eval.max_fraction is %g. Raise it, lower eval.n, or run `validate` beside the run.",
+                    self.spent, self._longest, trained, self.options.max_fraction,
+                )  # fmt: skip
+            self.skipped += 1
+        return fits
+
+    def _evaluate(self, trainer: L.Trainer, module: Any, split: str, prefix: str) -> None:
+        if not (self.options.enabled and self.options.metrics and isinstance(module, Generates)):
+            return
+        start = self.clock()
+        with undisturbed(module):
+            if self._scorers is None:
+                reference, names = data_name(trainer, split), self.options.metrics
+                self._scorers = [build_scorer(n, self.options.networks, reference).to(module.device) for n in names]
+            self._generate(trainer, module, split, self._scorers)
+            self.results = {}
+            for scorer in self._scorers:
+                self.results |= {f"{prefix}/{name}": value for name, value in scorer.results().items()}
+                scorer.reset()
+        self.results[f"{prefix}/seconds"] = self.clock() - start
+        log_metrics(trainer, self.results, module.counters.step)
+
+    def _generate(self, trainer: L.Trainer, module: Any, split: str, scorers: list[Scorer]) -> None:
+        keys, seen = module.keys.fork("eval"), 0
+        for records in records_of(trainer, split):
+            cond = module.encode_prompts(records.caption or [""] * len(records))
+            images = module.sample(cond, keys, records.position.to(module.device))
+            for scorer in scorers:
+                scorer.add(images, records)
+            # Shares of whole batches are equal, so all ranks stop after the same one: sampling may be collective.
+            seen += len(records) * trainer.world_size
+            if seen >= self.options.n:
+                return
+        if seen == 0:
+            raise UserError("There are no prompts to evaluate on", where=f"data.{split}", fix="give the data a split")

@@ -1,0 +1,56 @@
+"""What pictures and metrics share: use a method in the middle of its training without leaving a trace in it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import lightning as L
+import numpy as np
+import torch
+
+from lightning_t2i.batch import Records
+
+
+@contextmanager
+def undisturbed(module: L.LightningModule) -> Iterator[None]:
+    """Eval mode without gradients; afterwards every mode and every global random generator is what it was.
+
+    no_grad, not inference_mode: sharded weights that were gathered in inference mode cannot be trained again.
+    """
+    modes = {m: m.training for m in module.modules()}
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [module.device] if module.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        module.eval()
+        try:
+            yield
+        finally:
+            for m, training in modes.items():
+                m.training = training
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float], step: int) -> None:
+    """Sends metrics to every logger; `step` counts training steps."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(metrics), step=step)
+
+
+def records_of(trainer: L.Trainer, split: str) -> Iterator[Records]:
+    """The `main` records of a finite split ("val" or "test"), this rank's share of every batch, on the CPU.
+
+    Ends at once when the data module has no such split.
+    """
+    data = getattr(trainer, "datamodule", None)
+    loader = getattr(data, f"{split}_dataloader", list)()
+    for batch in loader:
+        yield batch["main"]
+
+
+def data_name(trainer: L.Trainer, split: str) -> str:
+    """What the data of a finite split is called, for instance "shapes-val"."""
+    stream = getattr(getattr(trainer, "datamodule", None), "finite", {}).get(split)
+    return stream.identity["data"].replace("/", "-") if stream is not None else split

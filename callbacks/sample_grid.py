@@ -1,0 +1,124 @@
+"""Grids of pictures at fixed prompts and fixed noise: what changes from one to the next is the method alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from PIL import Image
+from torch import Tensor
+
+from callbacks.inference import records_of, undisturbed
+from lightning_t2i.batch import Records
+from lightning_t2i.errors import UserError
+from lightning_t2i.method import Generates, Reconstructs
+from lightning_t2i.pictures import draw_grid, save_png, to_images
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """When pictures are made, and of what.
+
+    Args:
+        enabled: make pictures at all.
+        every: after the training steps 1, 2, 4, ... up to this number, then after every multiple of it, and at the end.
+        prompts: the prompts; null takes the first ones of the validation data (of the training data when there is
+            none), and then real pictures can be shown beside them.
+        count: number of prompts to take from the validation data.
+        per_prompt: pictures for each prompt, each with noise of its own.
+    """
+
+    enabled: bool = True
+    every: int = 500
+    prompts: list[str] | None = None
+    count: int = 8
+    per_prompt: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("every", "count", "per_prompt"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1", where=f"samples.{name}", given=getattr(self, name))
+        if self.prompts is not None and not self.prompts:
+            raise UserError("The list of prompts is empty", where="samples.prompts", fix="samples.prompts: null")
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether a grid follows training step `step` (1 is the first)."""
+    return step > 0 and (step % every == 0 or (step < every and step & (step - 1) == 0))
+
+
+class SampleGrid(L.Callback):
+    """Writes `samples/step-XXXXXXXX.png` into the run folder and sends the picture to the loggers that take pictures.
+
+    A method that Generates fills `per_prompt` columns, one that Reconstructs two more: the real picture and what it
+    makes of it. Rank 0 writes; all ranks compute, since sharded networks need all of them.
+    """
+
+    def __init__(self, options: SampleOptions | None = None):
+        self.options = options or SampleOptions()
+        self._last = 0
+        self._subjects: tuple[list[str], Tensor | None] | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._last = pl_module.counters.step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = pl_module.counters.step
+        if step != self._last and is_due(step, self.options.every):
+            self._draw(trainer, pl_module, batch["main"])
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if pl_module.counters.step != self._last:
+            self._draw(trainer, pl_module, None)
+
+    def _draw(self, trainer: L.Trainer, module: Any, current: Records | None) -> None:
+        generates, reconstructs = isinstance(module, Generates), isinstance(module, Reconstructs)
+        self._last = module.counters.step
+        if not self.options.enabled or not (generates or reconstructs):
+            return
+        with undisturbed(module):
+            prompts, real = self._fixed(trainer, current)
+            columns: dict[str, list[Image.Image]] = {}
+            if reconstructs and real is not None:
+                columns["real"] = to_images(real)
+                columns["reconstructed"] = to_images(module.reconstruct(real.to(module.device)))
+            if generates:
+                columns |= self._generate(module, prompts)
+        if columns and trainer.is_global_zero:
+            self._publish(trainer, columns, prompts)
+
+    def _fixed(self, trainer: L.Trainer, current: Records | None) -> tuple[list[str], Tensor | None]:
+        """Prompts and, where the data has them, real pictures [N, 3, H, W]; chosen once, by rank 0 for all."""
+        if self._subjects is None:
+            prompts, image = self.options.prompts, None
+            if prompts is None:
+                records = next(records_of(trainer, "val"), current)
+                n = self.options.count if records is None else min(self.options.count, len(records))
+                prompts = list((records.caption if records is not None else None) or [""] * n)[:n]
+                if records is not None and records.image is not None:
+                    image = records.image[:n].cpu()
+            self._subjects = trainer.strategy.broadcast((prompts, image))
+        return self._subjects
+
+    def _generate(self, module: Any, prompts: list[str]) -> dict[str, list[Image.Image]]:
+        """One column per noise; picture i of column j has the position i * per_prompt + j."""
+        cond, n, k = module.encode_prompts(prompts), len(prompts), self.options.per_prompt
+        keys = module.keys.fork("samples")
+        columns = {}
+        for j in range(k):  # a column at a time: as much memory as one batch of prompts
+            positions = torch.arange(n, device=module.device) * k + j
+            columns[f"sample {j + 1}"] = to_images(module.sample(cond, keys, positions))
+        return columns
+
+    def _publish(self, trainer: L.Trainer, columns: dict[str, list[Image.Image]], prompts: list[str]) -> None:
+        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        titles = [title if title in ("real", "reconstructed") else "" for title in columns]
+        grid = draw_grid(rows, prompts[: len(rows)], titles)
+        path = Path(trainer.default_root_dir) / "samples" / f"step-{self._last:08d}.png"
+        save_png(grid, path, prompts="\n".join(prompts))
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):
+                logger.log_image("samples", [grid], step=self._last)

@@ -1,0 +1,1 @@
+"""Data sets: embedded worlds, shards and their index, and the streams that train on them."""

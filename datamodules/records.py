@@ -1,0 +1,274 @@
+"""What every stream of samples shares: its place in the global order, stand-ins for bad samples, reads by offset."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from datamodules.order import GlobalOrder
+from datamodules.shards import Index
+from lightning_t2i.batch import Records
+from lightning_t2i.errors import UserError
+from lightning_t2i.keys import Keys
+from lightning_t2i.paths import resolve
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class BadSample(Exception):
+    """A sample whose bytes cannot be turned into a picture and its captions; the message says why."""
+
+
+class Stream(ABC):
+    """One named source of samples. A subclass says how to prepare, count, identify and fetch rows; order is shared.
+
+    Attributes:
+        batch_size: samples of one micro-batch over all ranks.
+        lanes, block: see `datamodules.order.GlobalOrder`.
+        max_bad_fraction: bad samples that are replaced before it is an error, as a share of the data set.
+        bad: the bad samples met so far, name -> reason.
+    """
+
+    batch_size: int
+    lanes: int = 1024
+    block: int = 256
+    max_bad_fraction: float = 0.01
+
+    def prepare(self) -> None:  # noqa: B027 (not every stream has something to build)
+        """Downloads or builds what is missing on disk; called on one process of each node."""
+
+    @abstractmethod
+    def setup(self) -> None:
+        """Opens the index; called on every process, possibly more than once."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Samples of one epoch; known after `setup`."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What the sequence of samples depends on besides the seed: data set name, hash, options. Plain values."""
+
+    @abstractmethod
+    def fetch(self, rows: np.ndarray, positions: Tensor) -> Records:
+        """The samples of `rows`; random choices are drawn from `self.keys` at `positions`, int64 [B]."""
+
+    def begin(self, seed: int, name: str, shuffle: bool = True) -> None:
+        """Fixes the order and the draws; two streams of one data set differ by their names."""
+        sha = json.dumps(self.identity, sort_keys=True)
+        self.order = GlobalOrder(len(self), sha, f"{seed}/{name}", self.lanes, self.block, shuffle)
+        self.keys = Keys(seed).fork(f"data/{name}")
+        self.bad: dict[str, str] = {}
+        self._fresh: dict[str, str] = {}
+
+    def load(self, positions: Sequence[int] | np.ndarray, batch_index: int) -> Records:
+        """The samples at global positions; `batch_index` is the number of the batch they form."""
+        places = torch.as_tensor(np.asarray(positions, dtype=np.int64))
+        return replace(self.fetch(self.order.rows(places.numpy()), places), position=places, cursor=batch_index + 1)
+
+    def read_good(self, row: int, read: Callable[[int], T], name: Callable[[int], str]) -> tuple[int, T]:
+        """(row, `read(row)`), or the same of the next row of its block that is not bad, so that positions never shift.
+
+        Raises:
+            UserError: every row of the block is bad.
+        """
+        for candidate in self.order.block_rows(row):
+            try:
+                return candidate, read(candidate)
+            except BadSample as reason:
+                self._fresh[name(candidate)] = str(reason)
+        raise UserError("Every sample of a block is bad", where=name(row), given=self._fresh[name(row)])
+
+    def take_fresh(self) -> dict[str, str]:
+        """Bad samples met since the last call; how a worker reports to the main process."""
+        fresh, self._fresh = self._fresh, {}
+        return fresh
+
+    def report(self, fresh: dict[str, str]) -> None:
+        """Adds bad samples to `bad`, names new ones in the log and holds the limit.
+
+        Raises:
+            UserError: more than `max_bad_fraction` of the data set is bad.
+        """
+        for name, reason in fresh.items():
+            if name not in self.bad:
+                log.warning("bad sample %s replaced: %s", name, reason)
+        self.bad.update(fresh)
+        if len(self.bad) > self.max_bad_fraction * len(self):
+            name, reason = next(iter(self.bad.items()))
+            raise UserError(
+                f"Too many bad samples; the first is {name}: {reason}",
+                where="max_bad_fraction",
+                given=f"{len(self.bad)} bad of {len(self)}",
+                allowed=f"at most {self.max_bad_fraction:g} of the samples",
+                fix="repair the data set, or raise max_bad_fraction",
+            )
+
+
+def sample_id(data_set: str, split: str, key: str) -> int:
+    """Signed 64-bit id of a sample, the same in every run: the first 8 bytes of blake2b over name, split and key."""
+    digest = hashlib.blake2b(f"{data_set}/{split}/{key}".encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def choose_caption(meta: dict[str, Any], languages: Sequence[str], u: float) -> str:
+    """One of a sample's captions in `languages`, each equally likely for u uniform in (0, 1).
+
+    Raises:
+        BadSample: there is none.
+    """
+    captions = [text for language in languages for text in meta.get("caption", {}).get(language, []) if text.strip()]
+    if not captions:
+        raise BadSample(f"no caption in {', '.join(languages)}")
+    return captions[int(u * len(captions))]
+
+
+def captioned(
+    source: Any, keys: Keys, languages: Sequence[str], rows: Sequence[int], metas: Sequence[dict], positions: Tensor
+) -> Records:
+    """Records of `rows` with drawn captions; labels and scenes where every sample has them."""
+    draws = keys.uniform("caption", positions, dtype=torch.float64).tolist()
+    return Records(
+        id=torch.tensor([source.id(row) for row in rows]),
+        position=positions,
+        caption=[choose_caption(meta, languages, u) for meta, u in zip(metas, draws, strict=True)],
+        label=torch.tensor([meta["label"] for meta in metas]) if all("label" in meta for meta in metas) else None,
+        scene=[meta["scene"] for meta in metas] if all("scene" in meta for meta in metas) else None,
+    )
+
+
+def data_folder(source: str | Path) -> Path:
+    """The folder of a data set: `source` itself, or that of an embedded world, built on first use."""
+    if resolve(source).is_dir():
+        return resolve(source)
+    from datamodules import worlds
+
+    return worlds.ensure(str(source))
+
+
+class Shards:
+    """A split of a data-set folder, read sample by sample without unpacking: one `pread` at the indexed offset.
+
+    Args:
+        folder: data-set folder with `dataset.json`, shards and index.
+        split: name of the split.
+        languages: keep only samples with a caption in one of these languages; None keeps all.
+        limit: keep only the first so many of them.
+
+    Raises:
+        UserError: no such folder or split, a shard is missing, or no sample is left.
+    """
+
+    def __init__(self, folder: Path, split: str, languages: Sequence[str] | None = None, limit: int | None = None):
+        facts = folder / "dataset.json"
+        if not facts.is_file():
+            raise UserError(
+                "Not a data-set folder: it has no dataset.json",
+                where="source",
+                given=folder,
+                fix=f"pack a folder of pictures with: python -m datamodules.pack {folder}",
+            )
+        about = json.loads(facts.read_text())
+        if split not in about["splits"]:
+            raise UserError("The data set has no such split", where="split", given=split, allowed=about["splits"])
+        self.folder, self.split, self.name = folder, split, about["name"]
+        self.index = Index.load(folder, split)
+        missing = [path for path in self.index.shards if not path.is_file()]
+        if missing:
+            raise UserError("A shard named by the index is missing", where=str(folder), given=missing[0])
+        rows = np.arange(len(self.index))
+        if languages is not None:
+            rows = rows[self._speaks(languages)]
+        self.rows = rows[:limit]
+        if len(self.rows) == 0:
+            raise UserError("No sample is left", where=str(folder), given=f"split={split}, languages={languages}")
+        self._files: dict[int, int] = {}
+
+    def _speaks(self, languages: Sequence[str]) -> np.ndarray:
+        known = [name.removeprefix("caption_") for name in self.index.columns if name.startswith("caption_")]
+        for language in languages:
+            if language not in known:
+                raise UserError("No captions in this language", where="languages", given=language, allowed=known)
+        return np.any([self.index[f"caption_{language}"] for language in languages], axis=0)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}  # descriptors mean nothing in another process
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Name, index hash and a hash of the rows that the filters left."""
+        rows = hashlib.blake2b(self.rows.tobytes(), digest_size=8).hexdigest()
+        return {"data": f"{self.name}/{self.split}", "sha": self.index.sha, "rows": rows}
+
+    def title(self, row: int) -> str:
+        """Shard and key of a sample, for messages."""
+        i = self.rows[row]
+        return f"{self.index.shards[self.index['shard'][i]].name}:{self.index['key'][i]}"
+
+    def id(self, row: int) -> int:
+        return sample_id(self.name, self.split, self.index["key"][self.rows[row]])
+
+    def meta(self, row: int) -> dict[str, Any]:
+        """The JSON beside the picture: captions by language and what the data set adds."""
+        try:
+            meta = json.loads(self._read(row, "json_offset", "json_size"))
+        except ValueError as error:
+            raise BadSample(f"json: {error}") from error
+        if not isinstance(meta, dict):
+            raise BadSample("json: not an object")
+        return meta
+
+    def picture(self, row: int, size: int | None = None) -> Image.Image:
+        """The decoded picture in RGB; transparent pixels become white.
+
+        Args:
+            row: the sample.
+            size: the shorter side that is needed. A JPEG of four times that and more is decoded at half, a quarter or
+                an eighth of its size, never below twice the need, which is several times faster.
+        """
+        try:
+            image = Image.open(io.BytesIO(self._read(row, "offset", "size")))
+            if size is not None:
+                image.draft("RGB", (2 * size, 2 * size))
+            image.load()
+        except UnidentifiedImageError as error:
+            raise BadSample("picture: unknown format") from error
+        except (
+            OSError,
+            ValueError,
+            SyntaxError,
+            Image.DecompressionBombError,
+        ) as error:  # what Pillow's decoders raise
+            raise BadSample(f"picture: {error}") from error
+        if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+    def _read(self, row: int, offset: str, size: str) -> bytes:
+        i = self.rows[row]
+        shard, length = int(self.index["shard"][i]), int(self.index[size][i])
+        if shard not in self._files:
+            self._files[shard] = os.open(self.index.shards[shard], os.O_RDONLY)
+        data = os.pread(self._files[shard], length, int(self.index[offset][i]))
+        if len(data) != length:
+            raise BadSample(f"the shard ends {length - len(data)} bytes early")
+        return data

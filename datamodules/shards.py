@@ -1,0 +1,258 @@
+"""Data-set folders: webdataset shards with a Parquet index, written with the same bytes on every machine.
+
+A folder holds `<split>-000000.tar`, …, one `index-<split>.parquet` per split and, written last, `dataset.json`. In a
+shard each sample is two members, `KEY.EXT` (the picture's own bytes) and `KEY.json`; the index has the byte offset of
+both, so that a sample is one `pread` and any order costs the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock
+from PIL import Image, UnidentifiedImageError
+
+from lightning_t2i.errors import UserError
+
+FORMAT = 1
+BLOCK = 512  # tar pads every member to blocks
+RECORD = 20 * BLOCK  # and the archive to records
+TYPES = {"shard": pa.int32(), "offset": pa.int64(), "size": pa.int64(), "json_offset": pa.int64()}
+TYPES |= {"json_size": pa.int64(), "key": pa.string(), "ext": pa.string(), "width": pa.int32(), "height": pa.int32()}
+
+
+def picture_size(data: bytes) -> tuple[int, int]:
+    """Width and height from a picture's header; (0, 0) when no decoder knows it."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.size
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return 0, 0
+
+
+class ShardWriter:
+    """Writes one split of a data-set folder, sample by sample; also a context manager.
+
+    Args:
+        folder: data-set folder, which exists.
+        split: name of the split.
+        samples_per_shard: samples of a shard; the last one may have fewer.
+        world: parameters that made the data, stored in the index.
+    """
+
+    def __init__(
+        self, folder: str | Path, split: str, samples_per_shard: int = 1000, world: Mapping[str, Any] | None = None
+    ):
+        self.folder, self.split, self.samples_per_shard = Path(folder), split, samples_per_shard
+        self.world = dict(world or {})
+        self._columns: dict[str, list[Any]] = {name: [] for name in TYPES}
+        self._extra: list[Mapping[str, Any]] = []
+        self._languages: list[frozenset[str]] = []
+        self._sha256: dict[str, str] = {}
+        self._keys: set[str] = set()
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        elif self._file is not None:  # no index: the split stays unreadable
+            self._file.close()
+
+    def __len__(self) -> int:
+        return len(self._extra)
+
+    def write(
+        self,
+        key: str,
+        image: bytes,
+        ext: str,
+        meta: Mapping[str, Any],
+        columns: Mapping[str, bool | int | float | str] | None = None,
+    ) -> None:
+        """Adds a sample.
+
+        Args:
+            key: name, unique in the split, without a dot or slash, at most 90 bytes.
+            image: the encoded picture, stored as it is.
+            ext: its file ending without a dot, such as png, jpg or webp.
+            meta: what the sample's JSON says; `caption` holds lists of texts by language.
+            columns: further columns of the index, the same names in every sample.
+
+        Raises:
+            UserError: the key is taken or cannot be a member's name.
+        """
+        if not key or {".", "/", "\0"} & set(key) or len(key.encode()) > 90:
+            raise UserError(
+                "Not a key of a sample", where="key", given=repr(key), allowed="1-90 bytes without dot or slash"
+            )
+        if key in self._keys:
+            raise UserError("Two samples of a split have the same key", where=self.split, given=key)
+        self._keys.add(key)
+        if len(self) % self.samples_per_shard == 0:
+            self._next_shard()
+        text = json.dumps(meta, ensure_ascii=False, separators=(",", ":")).encode()
+        width, height = picture_size(image)
+        row = {
+            "shard": len(self._sha256),
+            "offset": self._member(f"{key}.{ext}", image),
+            "size": len(image),
+            "json_offset": self._member(f"{key}.json", text),
+            "json_size": len(text),
+            "key": key,
+            "ext": ext,
+            "width": width,
+            "height": height,
+        }
+        for name, value in row.items():
+            self._columns[name].append(value)
+        self._languages.append(frozenset(name for name, texts in meta.get("caption", {}).items() if any(texts)))
+        self._extra.append(dict(columns or {}))
+
+    def close(self) -> Index:
+        """Ends the last shard, writes the index and returns it."""
+        self._end_shard()
+        columns = {name: pa.array(values, TYPES[name]) for name, values in self._columns.items()}
+        for language in sorted(frozenset().union(*self._languages)):
+            columns[f"caption_{language}"] = pa.array([language in found for found in self._languages], pa.bool_())
+        for name in self._extra[0] if self._extra else ():
+            columns[name] = pa.array([extra[name] for extra in self._extra])
+        facts = {
+            "format": FORMAT,
+            "split": self.split,
+            "shards": list(self._sha256),
+            "sha256": self._sha256,
+            "world": self.world,
+            "n": len(self),
+        }
+        table = pa.table(columns).replace_schema_metadata({b"t2i": json.dumps(facts, ensure_ascii=False).encode()})
+        path = index_path(self.folder, self.split)
+        pq.write_table(table, f"{path}.part", compression="zstd")
+        os.replace(f"{path}.part", path)
+        return Index.load(self.folder, self.split)
+
+    def _next_shard(self) -> None:
+        self._end_shard()
+        self._name = f"{self.split}-{len(self._sha256):06d}.tar"
+        self._file, self._hash, self._offset = (self.folder / self._name).open("wb"), hashlib.sha256(), 0
+
+    def _end_shard(self) -> None:
+        if self._file is None:
+            return
+        end = self._offset + 2 * BLOCK
+        self._put(bytes(2 * BLOCK + -end % RECORD))
+        self._file.close()
+        self._file = None
+        self._sha256[self._name] = self._hash.hexdigest()
+
+    def _member(self, name: str, data: bytes) -> int:
+        """Appends a member that says nothing of who wrote it or when; returns the offset of its data."""
+        info = tarfile.TarInfo(name)  # owner 0, time 0, mode 0644
+        info.size = len(data)
+        self._put(info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape"))
+        start = self._offset
+        self._put(data + bytes(-len(data) % BLOCK))
+        return start
+
+    def _put(self, data: bytes) -> None:
+        assert self._file is not None
+        self._file.write(data)
+        self._hash.update(data)
+        self._offset += len(data)
+
+
+class Index:
+    """The samples of a split in the order of its shards: `index[column]` is a NumPy array.
+
+    Attributes:
+        shards: paths of the shards; column `shard` counts in them.
+        columns: names of the columns.
+        sha: identity of the content, 16 hex digits, the same wherever the folder lies.
+        facts: what the writer stored: format, split, shards, sha256, world, n.
+    """
+
+    def __init__(self, folder: Path, facts: dict[str, Any], columns: dict[str, np.ndarray]):
+        self.facts, self._columns = facts, columns
+        self.columns = tuple(columns)
+        self.shards = [folder / name for name in facts["shards"]]
+        content = json.dumps([facts["format"], facts["split"], facts["sha256"]], sort_keys=True)
+        self.sha = hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    @classmethod
+    def load(cls, folder: str | Path, split: str) -> Index:
+        """Reads `index-<split>.parquet`.
+
+        Raises:
+            UserError: there is none, or it is of another kind or format.
+        """
+        path = index_path(Path(folder), split)
+        if not path.is_file():
+            found = [name.stem.removeprefix("index-") for name in sorted(Path(folder).glob("index-*.parquet"))]
+            raise UserError("No index of this split", where=str(folder), given=split, allowed=found or "(no index)")
+        table = pq.read_table(path, use_threads=False)
+        facts = json.loads((table.schema.metadata or {}).get(b"t2i", b"{}"))
+        if facts.get("format") != FORMAT:
+            given = f"format {facts.get('format')}"
+            raise UserError("Not an index that can be read", where=str(path), given=given, allowed=f"format {FORMAT}")
+        columns = {name: table[name].to_numpy() for name in table.column_names}
+        return cls(Path(folder), facts, columns)
+
+    def __getitem__(self, column: str) -> np.ndarray:
+        return self._columns[column]
+
+    def __len__(self) -> int:
+        return len(self._columns["shard"])
+
+
+def index_path(folder: Path, split: str) -> Path:
+    return folder / f"index-{split}.parquet"
+
+
+def finish(
+    folder: Path, name: str, splits: Mapping[str, Index], licence: str, parameters: Mapping[str, Any], **more: Any
+) -> None:
+    """Writes `dataset.json`, which makes the folder complete."""
+    shas = json.dumps({split: index.facts["sha256"] for split, index in splits.items()}, sort_keys=True)
+    about = {
+        "name": name,
+        "splits": {split: len(index) for split, index in splits.items()},
+        "sha256": hashlib.sha256(shas.encode()).hexdigest(),
+        "licence": licence,
+        "parameters": dict(parameters),
+        **more,
+    }
+    part = folder / "dataset.json.part"
+    part.write_text(json.dumps(about, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, folder / "dataset.json")
+
+
+def build(folder: Path, write: Callable[[Path], None]) -> Path:
+    """`folder`, made by `write` unless it is complete already; it appears whole or not at all.
+
+    Of several processes that ask at once one builds and the others wait. What a killed build left is removed.
+    """
+    if (folder / "dataset.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        if not (folder / "dataset.json").is_file():
+            part = folder.parent / f".{folder.name}.part"
+            for leftover in (part, folder):
+                shutil.rmtree(leftover, ignore_errors=True)
+            part.mkdir()
+            write(part)
+            os.replace(part, folder)
+    return folder

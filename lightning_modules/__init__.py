@@ -1,0 +1,1 @@
+"""The methods: one file each, read from top to bottom like the paper."""

@@ -1,0 +1,200 @@
+"""Diffusion: trains or fine-tunes a denoiser, and so makes the teachers of all other methods.
+
+    x_t  = alpha(t) x0 + sigma(t) eps,     t ~ law,  eps ~ N(0, I)
+    loss = w(t) |F(x_t, t, c) - target|^2                   target: eps, v = alpha eps - sigma x0, x0 or eps - x0
+    w    = 1, or min(snr, gamma) relative to the x0 loss    (Min-SNR, arXiv 2303.09556, section 3.4)
+    c    = null with probability p                          (classifier-free guidance, arXiv 2207.12598)
+
+    x0 [B, C, h, w] latents of unit scale, or pictures; t native time of the process, data at its low end;
+    snr = alpha^2 / sigma^2. Papers: DDPM 2006.11239, EDM 2206.00364 (whose target is its preconditioned network's),
+    rectified flow 2209.03003, latent diffusion 2112.10752.
+
+Deviations: the null condition replaces captions per sample by keyed draws; noise and times are keyed by position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_t2i.batch import Batch, Cond, Records
+from lightning_t2i.errors import UserError
+from lightning_t2i.frozen import folder_identity
+from lightning_t2i.keys import Keys
+from lightning_t2i.method import MethodModule
+from lightning_t2i.networks.build import add_adapters, save_pipeline, text_encoder_of
+from lightning_t2i.networks.codec import LatentCodec
+from lightning_t2i.networks.denoiser import Denoiser
+from lightning_t2i.networks.load import build_network
+from lightning_t2i.options import GroupOptions, MethodOptions
+from lightning_t2i.paths import resolve
+from lightning_t2i.processes import Process, TimeLaw, Uniform, sample
+
+
+def weighted_loss(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """mean over the batch of w |prediction - target|^2; [B, C, h, w] twice and [B] -> scalar."""
+    return (weight * (prediction - target).square().flatten(1).mean(1)).mean()
+
+
+def min_snr_weight(snr: Tensor, gamma: float, prediction: str) -> Tensor:
+    """min(snr, gamma) of the x0 loss, in the units of another prediction: [B] -> [B] (arXiv 2303.09556, eq. 4)."""
+    clipped = snr.clamp(max=gamma)
+    return {"x0": clipped, "eps": clipped / snr, "v": clipped / (snr + 1)}[prediction]
+
+
+class Diffusion(MethodModule):
+    """Trains a denoiser on pictures or cached latents.
+
+    Args:
+        network: pipeline folder or hub id to fine-tune, or a JSON architecture file to train from random weights.
+        process: noise process of a network from random weights; null reads it from the pipeline's scheduler.
+        prediction: what the network predicts; null reads it from the scheduler.
+        codec: folder or hub id of the autoencoder; null uses the pipeline's, or pictures themselves.
+        text: folder or hub id with text encoder and tokenizer, a JSON architecture file of a CLIP text encoder beside
+            the tokenizer folder `tokenizer`, or null for no text.
+        tokenizer: tokenizer folder of a text encoder from random weights.
+        revision: commit of the hub ids.
+        train_text: train the text encoder with the denoiser.
+        law: distribution of the training times.
+        weighting: weight of the loss over t.
+        min_snr_gamma: gamma of min-SNR.
+        null_probability: how often a caption is replaced by the null condition.
+        lora_rank: train low-rank adapters of this rank instead of the weights; null trains the weights.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        guidance, steps, solver: how `sample` samples.
+        denoiser, text_encoder: how the weights are updated.
+        common: options of the engine.
+    """
+
+    def __init__(
+        self,
+        network: str,
+        process: Process | None = None,
+        prediction: str | None = None,
+        codec: str | None = None,
+        text: str | None = None,
+        tokenizer: str | None = None,
+        revision: str | None = None,
+        train_text: bool = False,
+        law: TimeLaw | None = None,
+        weighting: Literal["none", "min_snr"] = "none",
+        min_snr_gamma: float = 5.0,
+        null_probability: float = 0.1,
+        lora_rank: int | None = None,
+        gradient_checkpointing: bool = False,
+        guidance: float = 3.0,
+        steps: int = 25,
+        solver: Literal["ddim", "euler", "heun", "dpmpp_2m"] = "ddim",
+        denoiser: GroupOptions | None = None,
+        text_encoder: GroupOptions | None = None,
+        common: MethodOptions | None = None,
+    ):
+        super().__init__(common)
+        if not 0 <= null_probability < 1:
+            raise UserError("Not a probability", where="model.null_probability", given=null_probability)
+        self.network, self.process, self.prediction, self.revision = network, process, prediction, revision
+        self.codec_source = codec if codec or network.endswith(".json") else network
+        self.text_source = text if text or network.endswith(".json") else network
+        self.tokenizer, self.train_text = tokenizer, train_text
+        self.law, self.weighting, self.min_snr_gamma = law or Uniform(), weighting, min_snr_gamma
+        self.null_probability, self.lora_rank = null_probability, lora_rank
+        self.gradient_checkpointing = gradient_checkpointing
+        self.guidance, self.steps, self.solver = guidance, steps, solver
+        self.options, self.text_options = denoiser or GroupOptions(), text_encoder or GroupOptions()
+
+    def configure_model(self) -> None:
+        if self.network.endswith(".json"):
+            if self.process is None or self.prediction is None:
+                raise UserError("A network from random weights needs a process and a prediction", where="model.process")
+            denoiser = Denoiser(build_network(self.network), self.process, self.prediction)
+        else:
+            denoiser = Denoiser.from_pretrained(
+                self.network, revision=self.revision, process=self.process, prediction=self.prediction
+            )
+        if self.weighting == "min_snr" and denoiser.prediction not in ("x0", "eps", "v"):
+            raise UserError("min_snr weights eps, v and x0 losses", where="model.weighting", given=denoiser.prediction)
+        codec = LatentCodec.from_pretrained(self.codec_source, revision=self.revision)
+        text = text_encoder_of(self.text_source, self.tokenizer, self.revision)
+        if self.gradient_checkpointing:
+            denoiser.backbone.enable_gradient_checkpointing()
+        if self.lora_rank is not None:
+            add_adapters(denoiser.backbone, self.lora_rank)
+        self.add_frozen("codec", codec, folder_identity(resolve(self.codec_source or "pixels"), self.revision))
+        self.add_group("denoiser", denoiser, self.options)
+        if text is not None and self.train_text:
+            self.add_group("text", text, self.text_options)
+        elif text is not None:
+            self.add_frozen("text", text, folder_identity(resolve(self.text_source), self.revision))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        loss = self.loss(batch["main"], self.denoiser, self.text_of(batch["main"]), self.keys)
+        self.backward(("denoiser", "text") if "text" in self.groups else "denoiser", loss)
+
+    def loss(self, records: Records, denoiser: Denoiser, cond: Cond | None, keys: Keys) -> Tensor:
+        """The denoising loss of a micro-batch: a scalar."""
+        x0 = self.latents(records)
+        t = self.law(denoiser.process, keys, records.position)
+        eps = keys.normal("eps", records.position, tuple(x0.shape[1:]))
+        if cond is not None:
+            cond = cond.drop(keys.bernoulli("null", records.position, self.null_probability))
+        x_t = denoiser.process.add_noise(x0, eps, t)
+        weight = torch.ones_like(t, dtype=torch.float32)
+        if self.weighting == "min_snr":
+            weight = min_snr_weight(denoiser.process.log_snr(t).exp(), self.min_snr_gamma, denoiser.prediction)
+        return weighted_loss(denoiser(x_t, t, cond), denoiser.target(x0, eps, t), weight)
+
+    def latents(self, records: Records) -> Tensor:
+        """Unit-scale latents [B, C, h, w]: cached ones where the data has them."""
+        if records.latent is not None:
+            return records.latent.float()
+        with torch.no_grad():
+            return self.codec.encode(records.image)
+
+    def text_of(self, records: Records) -> Cond | None:
+        """The condition of each sample: cached, encoded from its caption, its class label, or none."""
+        if records.cond is not None:
+            return records.cond
+        if hasattr(self, "text") and records.caption is not None:
+            return self.text(records.caption)
+        classes = getattr(self.denoiser.backbone.config, "num_class_embeds", None)
+        return Cond(label=records.label, null_label=classes - 1) if classes and records.label is not None else None
+
+    @torch.no_grad()
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """The loss of the averaged weights at noise and times that every validation shares."""
+        records = batch["main"]
+        encoder = self.generator_of("text") if "text" in self.groups else getattr(self, "text", None)
+        cond = encoder(records.caption) if encoder is not None else self.text_of(records)
+        loss = self.loss(records, self.generator_of("denoiser"), cond, self.keys.fork("validation"))
+        self.log("val/loss", loss, batch_size=len(records), sync_dist=True)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> Cond:
+        encoder = self.generator_of("text") if "text" in self.groups else self.text
+        return encoder(prompts)
+
+    @torch.no_grad()
+    def sample(
+        self, cond: Cond | None, keys: Keys, positions: Tensor, guidance: float | None = None, steps: int | None = None
+    ) -> Tensor:
+        """Pictures [B, 3, H, W] of the averaged weights; the noise of a picture depends on keys and position."""
+        denoiser = self.generator_of("denoiser")
+        config = denoiser.backbone.config
+        z = keys.normal("z", positions, (config.in_channels, config.sample_size, config.sample_size))
+        scale = self.guidance if guidance is None else guidance
+        latents = sample(denoiser, z, cond, steps or self.steps, scale if cond is not None else 1.0, self.solver)
+        return self.codec.decode(latents).clamp(-1, 1)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Pictures through the autoencoder: the best that a latent model can do."""
+        return self.codec.decode(self.codec.encode(images)).clamp(-1, 1)
+
+    def export(self, folder: Path, batches: Iterable[Batch]) -> None:
+        """Writes the stock diffusers pipeline of the averaged weights, fp16."""
+        text = self.generator_of("text") if "text" in self.groups else getattr(self, "text", None)
+        save_pipeline(folder, self.generator_of("denoiser"), self.codec, text)

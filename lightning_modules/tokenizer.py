@@ -1,0 +1,129 @@
+"""Tokenizer: autoencoders that turn pictures into latents, continuous (KL) or discrete (VQ).
+
+    z = E(x),  x' = D(z)
+    L_KL = |x - x'| + |x - x'|^2 + beta KL(q(z|x) || N(0, I)) + lambda |phi(x) - phi(x')|^2      (arXiv 2112.10752, app. G)
+    L_VQ = |x - x'| + |x - x'|^2 + |sg(E(x)) - e|^2 + 0.25 |E(x) - sg(e)|^2 + …                  (arXiv 1711.00937, eq. 3)
+
+    x [B, 3, H, W] in [-1, 1]; z [B, C, h, w]; e the nearest codebook vectors; phi features of a frozen network.
+
+Deviations: no adversarial term, since the tiny pictures have no texture that needs one; the reconstruction error is a
+mean over pixels, so beta is the published 1e-6 divided by nothing. The exported KL autoencoder carries the scaling
+factor that gives its latents unit standard deviation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_t2i.batch import Batch
+from lightning_t2i.frozen import folder_identity
+from lightning_t2i.method import MethodModule
+from lightning_t2i.networks.classifier import ShapesClassifier
+from lightning_t2i.networks.load import build_network
+from lightning_t2i.options import GroupOptions, MethodOptions
+from lightning_t2i.paths import resolve
+
+
+def reconstruction_loss(x: Tensor, y: Tensor) -> Tensor:
+    """Mean absolute plus mean squared error of pictures [B, 3, H, W]."""
+    return (x - y).abs().mean() + (x - y).square().mean()
+
+
+def kl_loss(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mean, exp(logvar)) || N(0, 1)) per latent element, averaged: 1/2 (mean^2 + var - 1 - log var)."""
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+
+
+def feature_loss(features: Tensor, target: Tensor) -> Tensor:
+    """Mean squared distance of features [B, D]."""
+    return (features - target).square().mean()
+
+
+class Tokenizer(MethodModule):
+    """Trains an AutoencoderKL or a VQModel of diffusers.
+
+    Args:
+        network: JSON file of the architecture (its `_class_name` decides which), or a pretrained folder.
+        kl_weight: beta, weight of the KL term.
+        perceptual: folder of a frozen feature network, or null for none.
+        perceptual_weight: lambda.
+        autoencoder: how the autoencoder is updated.
+        common: options of the engine.
+    """
+
+    def __init__(
+        self,
+        network: str,
+        kl_weight: float = 1e-6,
+        perceptual: str | None = None,
+        perceptual_weight: float = 1.0,
+        autoencoder: GroupOptions | None = None,
+        common: MethodOptions | None = None,
+    ):
+        super().__init__(common)
+        self.network, self.kl_weight = network, kl_weight
+        self.perceptual, self.perceptual_weight = perceptual, perceptual_weight
+        self.options = autoencoder or GroupOptions()
+
+    def configure_model(self) -> None:
+        autoencoder = build_network(self.network)
+        self.discrete = hasattr(autoencoder, "quantize")
+        if self.perceptual is not None:
+            folder = resolve(self.perceptual)
+            self.add_frozen("phi", ShapesClassifier.from_pretrained(folder), folder_identity(folder))
+        self.add_group("autoencoder", autoencoder, self.options)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        x = torch.cat([records.image for records in batch.values()])
+        positions = torch.cat([records.position for records in batch.values()])
+        y, regulariser = self.discrete_pass(x) if self.discrete else self.gaussian_pass(x, positions)
+        loss = reconstruction_loss(x, y) + regulariser
+        if self.perceptual is not None:
+            loss = loss + self.perceptual_weight * feature_loss(self.phi.features(y), self.phi.features(x))
+        self.backward("autoencoder", loss, regulariser=regulariser, psnr=psnr(x, y))
+
+    def gaussian_pass(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Reconstruction from a sampled latent, and the weighted KL term."""
+        q = self.autoencoder.encode(x).latent_dist
+        noise = self.keys.normal("z", positions, tuple(q.mean.shape[1:]))
+        z = q.mean + q.std * noise
+        return self.autoencoder.decode(z).sample, self.kl_weight * kl_loss(q.mean, q.logvar)
+
+    def discrete_pass(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Reconstruction from the nearest codes (gradient straight through), and codebook plus commitment loss."""
+        output = self.autoencoder(x)
+        return output.sample, output.commit_loss.mean()
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Pictures after encoding (the mean, or the nearest codes) and decoding: [B, 3, H, W]."""
+        autoencoder = self.generator_of("autoencoder")
+        if self.discrete:
+            return autoencoder(images).sample
+        return autoencoder.decode(autoencoder.encode(images).latent_dist.mean).sample
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        x = batch["main"].image
+        y = self.reconstruct(x)
+        self.log("val/reconstruction", reconstruction_loss(x, y), batch_size=len(x), sync_dist=True)
+        self.log("val/psnr", psnr(x, y), batch_size=len(x), sync_dist=True)
+
+    @torch.no_grad()
+    def export(self, folder: Path, batches: Iterable[Batch]) -> None:
+        """Writes the diffusers folder, fp16, with the scale that gives the latents of `batches` unit deviation."""
+        autoencoder: Any = self.generator_of("autoencoder")
+        if not self.discrete:
+            z = torch.cat([autoencoder.encode(b["main"].image).latent_dist.mean for b in batches])
+            autoencoder.register_to_config(scaling_factor=1 / float(z.std()))
+        autoencoder.half().save_pretrained(folder)
+
+
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of pictures in [-1, 1], mean over the batch."""
+    error = (x - y).square().flatten(1).mean(1).clamp_min(1e-10)
+    return (10 * torch.log10(4 / error)).mean()

@@ -1,0 +1,3 @@
+"""What the methods of lightning-t2i stand on: engine, networks, processes, metrics, strategies."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,142 @@
+"""Reads the command line, answers what needs no torch, and hands the rest to the verb's own function.
+
+To add a verb: write `def verb(request: Request) -> int` in a module and give it a row in VERBS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lightning_t2i import __version__
+from lightning_t2i.cli.listing import configs_table, methods_table
+from lightning_t2i.errors import UserError, closest
+
+# verb -> (module:function, one line of help)
+VERBS = {
+    "fit": ("lightning_t2i.cli.verbs:fit", "train; the same command again resumes"),
+    "validate": ("lightning_t2i.cli.verbs:validate", "validation loop on a run's newest checkpoint"),
+    "test": ("lightning_t2i.cli.verbs:test", "test loop on a run's newest checkpoint"),
+    "predict": ("lightning_t2i.cli.verbs:predict", "predict loop on a run's newest checkpoint"),
+    "new": ("lightning_t2i.cli.new:new", "new NAME --from METHOD: a method of your own that runs at once"),
+    "list": ("lightning_t2i.cli.main:list_all", "methods and configs of this repository"),
+}
+
+
+@dataclass
+class Request:
+    """A parsed command line.
+
+    verb: what to do; configs: files of --config in order; run, fresh, ckpt_path, print_config, debug: the options of
+    the same names; positional: words after the verb; overrides: (dotted key, text) in order, the text None for a flag;
+    help: arguments of a help request, such as ["--help"] or ["--model.help", "lightning_modules.diffusion.Diffusion"].
+    """
+
+    verb: str
+    configs: list[Path] = field(default_factory=list)
+    run: str | None = None
+    fresh: bool = False
+    ckpt_path: Path | None = None
+    print_config: bool = False
+    debug: bool = False
+    parent: str | None = None
+    positional: list[str] = field(default_factory=list)
+    overrides: list[tuple[str, str | None]] = field(default_factory=list)
+    help: list[str] = field(default_factory=list)
+
+
+def options() -> argparse.ArgumentParser:
+    """The options that every verb takes; dotted keys of the config are read beside them."""
+    parser = argparse.ArgumentParser("train.py", add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
+    parser.add_argument("-c", "--config", dest="configs", action="append", default=[], type=Path, metavar="FILE")
+    parser.add_argument("--run", metavar="NAME", help="run folder runs/NAME (default: the last config's stem)")
+    parser.add_argument("--fresh", action="store_true", help="start again; an existing run folder is moved aside")
+    parser.add_argument("--ckpt_path", type=Path, metavar="FOLDER", help="checkpoint for validate, test and predict")
+    parser.add_argument("--print_config", action="store_true", help="print the resolved config and stop")
+    parser.add_argument("--from", dest="parent", metavar="METHOD", help="method that `new` derives from")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def usage() -> str:
+    verbs = "\n".join(f"  {name:10} {text}" for name, (_, text) in VERBS.items())
+    return (
+        "usage: python train.py VERB --config FILE [--config FILE ...] [--section.key VALUE ...]\n\n"
+        f"verbs:\n{verbs}\n\n{options().format_help().lstrip()}\n"
+        "  --help, --version     with a verb, --help lists every key of the config\n"
+        "  --model.help CLASS    options of a method; --data.help CLASS likewise\n\n"
+        "example: python train.py fit --config configs/quickstart.yaml --trainer.max_steps 100"
+    )
+
+
+def parse(arguments: Sequence[str]) -> Request:
+    """Splits a command line into verb, options, dotted overrides and help requests.
+
+    Raises:
+        UserError: unknown verb or option.
+    """
+    try:
+        known, rest = options().parse_known_args(list(arguments))
+    except SystemExit as error:  # argparse has said why
+        raise UserError("The command line could not be read", fix="python train.py --help") from error
+    request, words = Request(verb="", **vars(known)), []
+    while rest:
+        token = rest.pop(0)
+        if token in ("-h", "--help"):
+            request.help.append("--help")
+        elif not token.startswith("--"):
+            words.append(token)
+        else:
+            name, given, value = token[2:].partition("=")
+            if not given:
+                value = rest.pop(0) if rest and not rest[0].startswith("--") else None
+            if name.endswith(".help"):
+                request.help += [f"--{name}"] + ([value] if value is not None else [])
+            else:
+                request.overrides.append((name, value))
+    if not words:
+        raise UserError("No verb was given", allowed=VERBS, fix="python train.py fit --config configs/quickstart.yaml")
+    request.verb, request.positional = words[0], words[1:]
+    if request.verb not in VERBS:
+        raise UserError("Unknown verb", given=request.verb, allowed=VERBS, fix="python train.py --help")
+    if request.positional and request.verb != "new":
+        near = closest(request.positional[0], VERBS)
+        raise UserError(
+            f"{request.verb} takes no further words",
+            given=" ".join(request.positional),
+            fix=f"one verb per command: {near}" if near else "write overrides as --section.key VALUE",
+        )
+    return request
+
+
+def list_all(request: Request) -> int:
+    """Prints the methods and the configs."""
+    sys.stdout.write(f"Methods\n{methods_table()}\n\nConfigs\n{configs_table()}\n")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 2 for a mistake of the user's."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or arguments in (["--help"], ["-h"]):
+        print(usage())
+        return 0
+    if "--version" in arguments:
+        print(f"lightning-t2i {__version__}")
+        return 0
+    try:
+        request = parse(arguments)
+        module, function = VERBS[request.verb][0].split(":")
+        return getattr(importlib.import_module(module), function)(request)
+    except UserError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        rank = next((os.environ[n] for n in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if n in os.environ), "0")
+        print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,60 @@
+"""Frozen networks: teachers, encoders, autoencoders. Never trained, never in a checkpoint, known by their identity."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lightning_t2i.errors import UserError
+
+
+def freeze(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Puts a network into eval mode without gradients, for good; `dtype` converts its floating-point weights."""
+    network.requires_grad_(False).eval()
+    return network.to(dtype) if dtype is not None else network
+
+
+def folder_identity(source: str | Path, revision: str | None = None) -> str:
+    """What a frozen network's weights are known by: the hash of its folder, or hub id and revision.
+
+    The hash covers names and contents of the weight and config files, so that a moved folder keeps its identity.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        return f"{source}@{revision or 'main'}"
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.suffix not in {".json", ".safetensors", ".txt", ".model"}:
+            continue
+        digest.update(file.relative_to(folder).as_posix().encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def weights_hash(network: nn.Module) -> str:
+    """Hash over all parameters and buffers of an unsharded network; equal hashes mean equal bits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_identities(saved: dict[str, str], current: dict[str, str]) -> None:
+    """Refuses a checkpoint that was trained against other frozen networks.
+
+    Raises:
+        UserError: names the first network that differs.
+    """
+    for name in sorted(saved.keys() | current.keys()):
+        if saved.get(name) != current.get(name):
+            raise UserError(
+                f"The checkpoint was trained with another frozen network '{name}'",
+                given=current.get(name, "none"),
+                allowed=saved.get(name, "none"),
+                fix="restore the folder the run was started with, or start a new run with --run NAME",
+            )

@@ -1,0 +1,381 @@
+"""MethodModule: the thin glue between a method's mathematics and Lightning.
+
+A method declares its networks in `configure_model` and shows its whole update in `training_step`:
+
+    def training_step(self, batch, batch_idx):
+        if self.due("student"):
+            self.backward("student", student_loss(...))
+        self.backward("fake", fake_loss(...))
+
+A training step is `accumulate` consecutive batches. On its last one the engine clips, steps, advances the schedules
+and updates the EMA of each due group, in the order of declaration, and `trainer.global_step` rises by one.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from lightning_t2i.batch import Batch, Cond
+from lightning_t2i.counters import Counters, advance_global_step
+from lightning_t2i.errors import UserError
+from lightning_t2i.frozen import check_identities, freeze
+from lightning_t2i.group import Group
+from lightning_t2i.keys import Keys
+from lightning_t2i.options import GroupOptions, MethodOptions, Plain
+from lightning_t2i.state_io import copy_into, full_tensor
+from lightning_t2i.strategies.fsdp2 import mesh_of
+from lightning_t2i.strategies.sharding import compile_blocks, set_gradient_sync, shard_frozen, shard_network
+
+
+@runtime_checkable
+class Generates(Protocol):
+    """A method that makes pictures."""
+
+    def encode_prompts(self, prompts: list[str]) -> Cond: ...
+
+    def sample(self, cond: Cond, keys: Keys, positions: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1]; the noise of a picture depends on keys and position alone."""
+
+
+@runtime_checkable
+class Reconstructs(Protocol):
+    """A method that encodes and decodes pictures."""
+
+    def reconstruct(self, images: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Embeds(Protocol):
+    """A method that maps pictures and texts to one space: [B, D] each, unit length."""
+
+    def encode_image(self, images: Tensor) -> Tensor: ...
+
+    def encode_text(self, texts: list[str]) -> Tensor: ...
+
+
+@runtime_checkable
+class Exports(Protocol):
+    """A method whose result is a stock diffusers or transformers folder."""
+
+    def export(self, folder: Path) -> None: ...
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient norm is not finite; raised before any weight of the step is touched."""
+
+
+def _once(build: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Lightning calls `configure_model` again on every entry: build once, from weights that only the seed decides."""
+
+    @functools.wraps(build)
+    def configure_model(self: MethodModule) -> None:
+        if self.groups or self.frozen_identities:
+            return
+        self.keys.seed_globals()
+        build(self)
+
+    return configure_model
+
+
+def _as_training_step(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Puts the engine's work before and after a method's own `training_step`; a super() call passes through."""
+
+    @functools.wraps(step)
+    def training_step(self: MethodModule, batch: Batch, batch_idx: int) -> None:
+        if self._inside_step:
+            return step(self, batch, batch_idx)
+        self._inside_step = True
+        try:
+            self._begin(batch)
+            step(self, batch, batch_idx)
+            self._finish(batch)
+        finally:
+            self._inside_step = False
+
+    return training_step
+
+
+class MethodModule(L.LightningModule):
+    """Base of all methods.
+
+    Args:
+        common: seed, accumulation, precision and the other options that every method shares.
+    """
+
+    def __init__(self, common: MethodOptions | None = None):
+        super().__init__()
+        self.common = common or MethodOptions()
+        self.automatic_optimization = False
+        self.strict_loading = False  # Lightning's check knows nothing of frozen networks; `load_state_dict` has ours
+        self.counters = Counters()
+        self.groups: dict[str, Group] = {}
+        self.frozen_identities: dict[str, str] = {}
+        self._inside_step = False
+        self._pending: Plain | None = None
+        self._losses: list[tuple[str, Tensor]] = []
+        self._scalars: dict[str, Tensor | float] = {}
+        self._seen: list[dict[str, list[int]]] = []
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name, wrap in (("configure_model", _once), ("training_step", _as_training_step)):
+            if name in vars(cls):
+                setattr(cls, name, wrap(vars(cls)[name]))
+
+    # ---- what a method calls -------------------------------------------------------------------------------------
+
+    def add_group(
+        self,
+        name: str,
+        network: nn.Module,
+        options: GroupOptions,
+        parameters: Callable[[str], bool] | None = None,
+    ) -> nn.Module:
+        """Registers a trained network as `self.<name>`; its EMA twin is `self.groups[name].ema`.
+
+        Build every network of the method first, copies included: this call shards, and a sharded network cannot be
+        copied.
+        """
+        group = self.groups[name] = Group(name, network, options, parameters)
+        mesh = mesh_of(self)
+        if self.common.precision == "bf16" and mesh is None:
+            raise UserError(
+                "bf16 training needs the FSDP2 strategy, which keeps float32 master weights",
+                where="model.common.precision",
+                given="bf16",
+                fix="base: [../trainer/gpu.yaml], which runs FSDP2 with one process",
+            )
+        for member in (network, group.ema):
+            if member is None:
+                continue
+            if self.common.compile == "blocks":
+                compile_blocks(member)
+            if mesh is not None:
+                shard_network(member, mesh, self.common.precision)
+        self.add_module(name, network)
+        if group.ema is not None:
+            self.add_module(f"{name}_ema", group.ema)
+        return network
+
+    def add_frozen(self, name: str, network: nn.Module, identity: str, dtype: torch.dtype | None = None) -> nn.Module:
+        """Registers a network that is never trained as `self.<name>`.
+
+        Args:
+            identity: `folder_identity` of where its weights come from; the checkpoint records it.
+            dtype: own precision of its weights.
+        """
+        freeze(network, dtype)
+        if (mesh := mesh_of(self)) is not None:
+            shard_frozen(network, mesh)
+        self.frozen_identities[name] = identity
+        self.add_module(name, network)
+        return network
+
+    @property
+    def keys(self) -> Keys:
+        """The source of draws of the current training step."""
+        return Keys(self.common.seed, step=self.counters.step)
+
+    def due(self, name: str) -> bool:
+        """Whether the group is updated in the current training step."""
+        return self.groups[name].due(self.counters.step)
+
+    def backward(self, names: str | tuple[str, ...], loss: Tensor, **scalars: Tensor) -> None:  # type: ignore[override]
+        """Adds the gradient of a loss, averaged over the training step, to the named groups and to no other.
+
+        It takes the place of Lightning's hook of the same name, which manual optimisation never calls.
+
+        Args:
+            names: a group, or several that share the loss (a denoiser and its text encoder).
+            loss: scalar, a mean over the micro-batch.
+            scalars: further values to log beside the loss.
+        """
+        names = (names,) if isinstance(names, str) else names
+        if not all(self.due(name) for name in names):
+            raise RuntimeError(f"backward({names}) in a training step in which a group is not due; ask self.due first")
+        others = [p for other, g in self.groups.items() if other not in names for p in g.parameters]
+        held = [p.grad for p in others]
+        for parameter in others:
+            parameter.grad = None
+        (loss / self.common.accumulate).backward()
+        for parameter, gradient in zip(others, held, strict=True):
+            parameter.grad = gradient
+        self._losses.append((names[0], loss.detach()))
+        self.note(**{f"{names[0]}/loss": loss, **{f"{names[0]}/{k}": v for k, v in scalars.items()}})
+
+    def note(self, **scalars: Tensor | float) -> None:
+        """Keeps values for the log line of this training step; dropped in steps that are not logged."""
+        if self.logs_now:
+            self._scalars.update({k: v.detach() if isinstance(v, Tensor) else v for k, v in scalars.items()})
+
+    @property
+    def logs_now(self) -> bool:
+        return (self.counters.step + 1) % self.common.log_every == 0 or self.counters.step == 0
+
+    def generator_of(self, name: str) -> nn.Module:
+        """The network to sample from: the EMA twin where there is one."""
+        return self.groups[name].ema or self.groups[name].network
+
+    # ---- the training step ---------------------------------------------------------------------------------------
+
+    def _begin(self, batch: Batch) -> None:
+        last = self.counters.micro + 1 == self.common.accumulate
+        for group in self.groups.values():
+            set_gradient_sync(group.network, last)
+        self.keys.seed_globals(self.counters.micro, self.global_rank)
+        self._seen.append({name: records.id.tolist() for name, records in batch.items()})
+
+    def _finish(self, batch: Batch) -> None:
+        counters = self.counters
+        counters.samples += len(batch["main"]) * self.trainer.world_size
+        counters.batches += 1
+        counters.micro += 1
+        if counters.micro < self.common.accumulate:
+            return
+        due = [g for g in self.groups.values() if g.due(counters.step)]
+        norms = {g.name: g.gradient_norm() for g in due}
+        if self.common.check_finite:
+            self._stop_unless_finite(norms)
+        for group in due:
+            group.step(norms[group.name])
+            group.average(counters.step)
+        for group in self.groups.values():
+            group.advance_schedule()
+            group.clear_gradients()
+        self._log(norms)
+        counters.micro, counters.step = 0, counters.step + 1
+        self._losses, self._scalars, self._seen = [], {}, []
+        advance_global_step(self.trainer)
+
+    def _stop_unless_finite(self, norms: dict[str, Tensor]) -> None:
+        values = [*(loss for _, loss in self._losses), *norms.values()]
+        finite = torch.stack([v.float().isfinite() for v in values]).all()
+        finite = self.trainer.strategy.reduce(finite.float(), reduce_op="sum") >= self.trainer.world_size - 0.5
+        if bool(finite):
+            return
+        report = {
+            "step": self.counters.step,
+            "seed": self.common.seed,
+            "rank": self.global_rank,
+            "losses": [(name, float(loss)) for name, loss in self._losses],
+            "gradient_norms": {name: float(norm) for name, norm in norms.items()},
+            "ids": self._seen,
+            "replay": f"python train.py fit --config {self.trainer.default_root_dir}/config.yaml --run replay"
+            f" --trainer.max_steps {self.counters.step + 1}",
+        }
+        file = (
+            Path(self.trainer.default_root_dir) / f"non-finite-step-{self.counters.step}-rank-{self.global_rank}.json"
+        )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(report, indent=1))
+        raise NonFiniteError(
+            f"A loss or gradient norm is not finite at training step {self.counters.step}; no weight was changed.\n"
+            f"  losses: {report['losses']}\n  gradient norms: {report['gradient_norms']}\n"
+            f"  sample ids: {self._seen}\n  keys: seed {self.common.seed}, step {self.counters.step}\n"
+            f"  written: {file}\n  replay:  {report['replay']}"
+        )
+
+    def _log(self, norms: dict[str, Tensor]) -> None:
+        if (
+            not self.logs_now
+            or self._trainer is None
+            or not (self.trainer.loggers or self.trainer.progress_bar_callback)
+        ):
+            return
+        for name, group in self.groups.items():
+            self._scalars[f"{name}/lr"] = group.learning_rate()
+            if name in norms:
+                self._scalars[f"{name}/grad_norm"] = norms[name]
+        values = torch.stack(
+            [torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in self._scalars.values()]
+        )
+        values = self.trainer.strategy.reduce(values, reduce_op="mean")
+        metrics = dict(zip(self._scalars, values.tolist(), strict=True)) | {"samples": self.counters.samples}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, step=self.counters.step + 1)
+        self.log_dict({k: v for k, v in metrics.items() if k.endswith("/loss")}, prog_bar=True, logger=False)
+
+    # ---- Lightning's hooks ---------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        interval = self.trainer.val_check_interval
+        if stage == "fit" and isinstance(interval, int):  # Lightning counts batches there; we mean training steps
+            self.trainer.val_check_interval = interval * self.common.accumulate
+
+    def configure_optimizers(self) -> list[Any]:
+        """Builds the optimizers of all groups; Lightning is given none, for the engine steps them."""
+        for group in self.groups.values():
+            group.build()
+        if self._pending is not None:
+            self._load_groups(self._pending)
+        return []
+
+    def train(self, mode: bool = True) -> MethodModule:
+        super().train(mode)
+        for name in self.frozen_identities:
+            getattr(self, name).eval()
+        for group in self.groups.values():
+            if group.ema is not None:
+                group.ema.eval()
+        return self
+
+    def on_train_start(self) -> None:
+        self.train()  # frozen networks and EMA twins back to eval, whatever Lightning remembered
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Whole tensors of all that training changes; a collective call when sharded."""
+        return {name: full_tensor(t) for group in self.groups.values() for name, t in group.tensors()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Restores what `state_dict` returned, onto any mesh.
+
+        Raises:
+            UserError: names or shapes differ from this method's.
+        """
+        targets = dict(t for group in self.groups.values() for t in group.tensors())
+        wrong = sorted(targets.keys() ^ state_dict.keys()) or [
+            n for n in targets if targets[n].shape != state_dict[n].shape
+        ]
+        if wrong:
+            raise UserError(
+                "The checkpoint does not fit this method and config",
+                given=f"{len(wrong)} entries differ, first: {wrong[0]}",
+                fix="use the config that wrote the checkpoint",
+            )
+        for name, target in targets.items():
+            copy_into(target, state_dict[name])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["t2i"] = {
+            "format": 1,
+            "counters": self.counters.state(),
+            "groups": {name: group.state() for name, group in self.groups.items()},
+            "frozen": dict(self.frozen_identities),
+            "seed": self.common.seed,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("t2i")
+        if saved is None or saved.get("format") != 1:
+            raise UserError(
+                "The checkpoint was not written by this repository", fix="name a runs/NAME/checkpoints folder"
+            )
+        check_identities(saved["frozen"], self.frozen_identities)
+        self.counters.load(saved["counters"])
+        if any(group.optimizer for group in self.groups.values()):
+            self._load_groups(saved["groups"])
+        else:
+            self._pending = saved["groups"]
+
+    def _load_groups(self, groups: Plain) -> None:
+        for name, group in self.groups.items():
+            group.load(groups[name])
+        self._pending = None

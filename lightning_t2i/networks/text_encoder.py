@@ -1,0 +1,169 @@
+"""Text encoders of stock pipelines: captions to `Cond`.
+
+    CLIP alone   Stable Diffusion   last hidden state, padded to the tokenizer's length, all attended (no mask)
+    T5 alone     PixArt             last hidden state with its mask; may be trimmed to the longest caption of the batch
+    CLIP and T5  FLUX               T5's states without a mask, CLIP's pooled output
+
+The unconditional condition is the empty caption, encoded in the same way.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from lightning_t2i.batch import Cond
+from lightning_t2i.errors import UserError
+
+Tokens: TypeAlias = dict[str, Tensor]
+Encoded: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+class TextEncoder(nn.Module):
+    """One or two text encoders with their tokenizers.
+
+    Args:
+        clip, clip_tokenizer: CLIPTextModel and its fast tokenizer.
+        t5, t5_tokenizer: T5EncoderModel and its fast tokenizer.
+        t5_length: tokens per caption for T5 (PixArt-alpha 120, FLUX.1-dev 512).
+        trim: encode only up to the longest caption of the batch; exact, and only where a mask hides the padding.
+
+    Raises:
+        UserError: no encoder, or `trim` without a mask.
+    """
+
+    def __init__(
+        self,
+        clip: nn.Module | None = None,
+        clip_tokenizer: Any = None,
+        t5: nn.Module | None = None,
+        t5_tokenizer: Any = None,
+        t5_length: int = 120,
+        trim: bool = False,
+    ):
+        super().__init__()
+        if clip is None and t5 is None:
+            raise UserError("A text encoder needs CLIP or T5")
+        if trim and clip is not None:
+            raise UserError(
+                "Captions can be trimmed only where padding is masked", where="trim", given=True, allowed="T5 alone"
+            )
+        self.clip, self.t5 = clip, t5
+        self._clip_tokenizer, self._t5_tokenizer = clip_tokenizer, t5_tokenizer
+        self.trim, self.t5_length = trim, t5_length
+        self._null: tuple[Any, Encoded] | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str,
+        revision: str | None = None,
+        torch_dtype: torch.dtype = torch.float32,
+        t5_length: int | None = None,
+        trim: bool = False,
+        variant: str | None = None,
+    ) -> TextEncoder:
+        """The text encoders of a pipeline folder or hub id (components text_encoder, text_encoder_2).
+
+        Raises:
+            UserError: the pipeline has none, or of kinds that are not served.
+        """
+        import transformers
+
+        from lightning_t2i.networks import load
+
+        index = load.model_index(path, revision)
+        parts: dict[str, Any] = {}
+        for suffix in ("", "_2", "_3"):
+            entry = index.get(f"text_encoder{suffix}")
+            if not entry or entry[0] is None:
+                continue
+            kind = {"CLIPTextModel": "clip", "T5EncoderModel": "t5"}.get(entry[1])
+            if kind is None or kind in parts:
+                raise UserError(
+                    "Text encoders of this pipeline are not served", where=str(path), given=entry[1],
+                    allowed="one CLIPTextModel, one T5EncoderModel, or one of each",
+                )  # fmt: skip
+            parts[kind] = load.load_model(path, f"text_encoder{suffix}", revision, torch_dtype, variant)
+            tokenizer = getattr(transformers, index[f"tokenizer{suffix}"][1])
+            parts[f"{kind}_tokenizer"] = tokenizer.from_pretrained(
+                load.locate(path), revision=revision, subfolder=f"tokenizer{suffix}"
+            )
+        if not parts:
+            raise UserError("The pipeline has no text encoder", where=str(path))
+        length = t5_length or (512 if "clip" in parts else 120)
+        return cls(**parts, t5_length=length, trim=trim).eval()
+
+    def shard_roots(self) -> list[nn.Module]:
+        """What is sharded, each as a root of its own."""
+        return [m for m in (self.clip, self.t5) if m is not None]
+
+    def tokenize(self, captions: list[str]) -> Tokens:
+        """Captions to "clip" int64 [B, L] and "t5", "t5_mask" int64 [B, L'] on the CPU; too long ones are cut."""
+        tokens: Tokens = {}
+        if self.clip is not None:
+            length = min(self._clip_tokenizer.model_max_length, self.clip.config.max_position_embeddings)
+            tokens["clip"] = self._call(self._clip_tokenizer, captions, length, "max_length")["input_ids"]
+        if self.t5 is not None:
+            padding = "longest" if self.trim else "max_length"
+            out = self._call(self._t5_tokenizer, captions, self.t5_length, padding)
+            tokens["t5"], tokens["t5_mask"] = out["input_ids"], out["attention_mask"]
+        return tokens
+
+    def encode(self, tokens: Tokens) -> Encoded:
+        """embeds [B, L, D], mask bool [B, L] or None, pooled [B, P] or None."""
+        device = next(self.parameters()).device
+        tokens = {name: value.to(device) for name, value in tokens.items()}
+        clip: Any = self.clip(input_ids=tokens["clip"]) if self.clip is not None else None
+        if self.t5 is None:
+            return clip.last_hidden_state, None, None
+        if clip is not None:
+            return self.t5(input_ids=tokens["t5"]).last_hidden_state, None, clip.pooler_output
+        mask = tokens["t5_mask"]
+        return self.t5(input_ids=tokens["t5"], attention_mask=mask).last_hidden_state, mask.bool(), None
+
+    def forward(self, captions: list[str]) -> Cond:
+        """Conditions of B captions (empty ones allowed) with the null values of the empty caption.
+
+        While parameters require gradients the empty caption is encoded within the batch, with its gradient; a frozen
+        encoder encodes it once.
+        """
+        if any(p.requires_grad for p in self.parameters()):
+            embeds, mask, pooled = self.encode(self.tokenize([*captions, ""]))
+            null = _row((embeds, mask, pooled), -1)
+            embeds, mask, pooled = (None if p is None else p[:-1] for p in (embeds, mask, pooled))
+        else:
+            embeds, mask, pooled = self.encode(self.tokenize(captions))
+            null = self._frozen_null()
+        null_embeds, null_mask, null_pooled = null
+        length = embeds.shape[1]
+        return Cond(
+            embeds=embeds,
+            mask=mask,
+            pooled=pooled,
+            null_embeds=null_embeds[:length],
+            null_mask=None if null_mask is None else null_mask[:length],
+            null_pooled=null_pooled,
+        )
+
+    @torch.no_grad()
+    def _frozen_null(self) -> Encoded:
+        """The encoded empty caption; encoded again when a parameter was moved, cast or written in place."""
+        key = [(p.device, p.dtype, p.data_ptr(), p._version) for p in self.parameters()]
+        if self._null is None or self._null[0] != key:
+            trim, self.trim = self.trim, False
+            parts = self.encode(self.tokenize([""]))
+            self.trim = trim
+            self._null = key, _row(parts, 0)
+        return self._null[1]
+
+    @staticmethod
+    def _call(tokenizer: Any, captions: list[str], length: int, padding: str) -> Any:
+        return tokenizer(list(captions), padding=padding, max_length=length, truncation=True, return_tensors="pt")
+
+
+def _row(parts: Encoded, row: int) -> Encoded:
+    embeds, mask, pooled = parts
+    return embeds[row], None if mask is None else mask[row], None if pooled is None else pooled[row]

@@ -1,0 +1,88 @@
+"""The options that all methods share, as typed dataclasses for the config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_t2i.errors import UserError
+
+
+@dataclass(frozen=True)
+class EMAOptions:
+    """Exponential moving average of a group's weights.
+
+    Args:
+        decay: share of the old average that each update keeps.
+        start: training step after which averaging begins; before it the average equals the weights.
+        warmup: limit the decay to (1 + n) / (10 + n) after n updates, so that early weights are forgotten.
+    """
+
+    decay: float = 0.999
+    start: int = 0
+    warmup: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise UserError("The EMA decay is out of range", where="ema.decay", given=self.decay, allowed="[0, 1)")
+
+
+@dataclass(frozen=True)
+class GroupOptions:
+    """How the weights of one trained network are updated.
+
+    Args:
+        optimizer: class and arguments of the optimizer, without its parameters.
+        schedule: learning-rate scheduler, stepped once per training step; a warm-up of 500 means 500 training steps.
+        clip: largest norm of the group's gradient, all parameters together; null leaves it as it is.
+        every: update the group only in training steps that this number divides (the first step is 0).
+        ema: keep an exponential moving average of the weights as a second, callable network.
+    """
+
+    optimizer: OptimizerCallable = field(default=lambda params: torch.optim.AdamW(params, lr=1e-4))
+    schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None = None
+    clip: float | None = 1.0
+    every: int = 1
+    ema: EMAOptions | None = None
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise UserError("A group must be updated every n >= 1 training steps", where="every", given=self.every)
+        if self.clip is not None and self.clip <= 0:
+            raise UserError("The gradient norm limit must be positive", where="clip", given=self.clip, fix="clip: null")
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """Options of the engine.
+
+    Args:
+        seed: seed of every draw of the run, the initial weights included.
+        accumulate: micro-batches per training step.
+        log_every: training steps between two log lines.
+        compile: compile the repeated blocks of trained networks with torch.compile.
+        precision: "bf16" computes in bfloat16 with float32 master weights and float32 gradient reduction; it needs the
+            FSDP2 strategy, which also runs with one process.
+        check_finite: stop before an update when a loss or a gradient norm is not finite; costs one host
+            synchronisation per training step.
+    """
+
+    seed: int = 0
+    accumulate: int = 1
+    log_every: int = 10
+    compile: Literal["none", "blocks"] = "none"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    check_finite: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("accumulate", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1", where=f"common.{name}", given=getattr(self, name))
+
+
+Plain = dict[str, Any]  # a nest of dicts and lists of tensors, numbers and strings: all that a checkpoint may hold

@@ -1,0 +1,90 @@
+"""One execution path for several processes: FSDP2 on a (replicate, shard) mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies.strategy import Strategy
+from torch.distributed.device_mesh import init_device_mesh
+
+from lightning_t2i.errors import UserError
+from lightning_t2i.state_io import AtomicCheckpointIO
+
+
+class FSDP2(ModelParallelStrategy):
+    """Data parallelism over replicate x shard processes; weights are cut into `shard` parts.
+
+    shard = 1 is what DDP does, replicate = 1 is fully sharded, both above 1 is hybrid sharding. Networks are sharded
+    where a method adds them, each as a root of its own; checkpoints hold whole tensors under parameter names.
+
+    Args:
+        replicate: number of copies; null: world size / shard.
+        shard: parts of each copy; null: world size / replicate, on several nodes the devices of one node.
+        timeout: how long a collective call waits for a missing process.
+    """
+
+    def __init__(
+        self, replicate: int | None = None, shard: int | None = None, timeout: timedelta | None = default_pg_timeout
+    ):
+        super().__init__(save_distributed_checkpoint=False, timeout=timeout)
+        self.replicate, self.shard = replicate, shard
+        self.checkpoint_io = AtomicCheckpointIO()
+
+    def mesh_shape(self) -> tuple[int, int]:
+        """(replicate, shard) for this world size.
+
+        Raises:
+            UserError: the product is not the number of processes.
+        """
+        world = self.world_size
+        replicate, shard = self.replicate, self.shard
+        if shard is None:
+            shard = world // replicate if replicate else (self.num_processes if self.num_nodes > 1 else world)
+        replicate = replicate or world // shard
+        if replicate * shard != world:
+            raise UserError(
+                "The mesh does not match the number of processes",
+                where="trainer.strategy",
+                given=f"replicate {replicate} x shard {shard} = {replicate * shard}",
+                allowed=f"{world} = trainer.devices x trainer.num_nodes",
+                fix="set one of replicate and shard to null",
+            )
+        return replicate, shard
+
+    def setup_environment(self) -> None:
+        Strategy.setup_environment(self)
+        self._setup_distributed()
+        self._device_mesh = init_device_mesh(
+            self.root_device.type, self.mesh_shape(), mesh_dim_names=("replicate", "shard")
+        )
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = self._device_mesh
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    # The module gathers and spreads its own state, so these take the plain way of a single device.
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        Strategy.save_checkpoint(self, checkpoint, self.broadcast(filepath), storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+
+def mesh_of(module: L.LightningModule) -> Any:
+    """The (replicate, shard) mesh that the strategy set on the module, or None in a single plain process."""
+    return getattr(module, "_device_mesh", None)

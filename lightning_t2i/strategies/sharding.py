@@ -1,0 +1,77 @@
+"""Sharding of one network: blocks first, then its root, on the mesh of the strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+REPLICATE_BELOW_BYTES = 2 * 2**30  # a frozen network under this size is kept whole on every process
+
+
+def roots(network: nn.Module) -> list[nn.Module]:
+    """The modules whose own forward is called: `network.shard_roots()` where a wrapper defines it, else itself."""
+    declared = getattr(network, "shard_roots", None)
+    return declared() if declared else [network]
+
+
+def blocks(root: nn.Module) -> Iterator[nn.Module]:
+    """The repeated blocks of a diffusers or transformers network, innermost first, as its class declares them."""
+    names = set(getattr(root, "_no_split_modules", None) or [])
+    for module in reversed(list(root.modules())):
+        if type(module).__name__ in names and module is not root:
+            yield module
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """Compiles each repeated block in place; parameter names stay as they are."""
+    for root in roots(network):
+        found = list(blocks(root)) or [root]
+        for module in found:
+            module.compile()
+
+
+def shard_network(network: nn.Module, mesh: DeviceMesh, precision: str = "fp32") -> None:
+    """Shards a network in place, each root on its own.
+
+    Every root gives its memory back after each forward (`reshard_after_forward=True`): with FSDP2's default a forward
+    without gradients leaves the root whole, and later forwards silently use the weights of that moment.
+
+    Args:
+        network: not yet sharded, equal on all processes.
+        mesh: two dimensions, replicate and shard.
+        precision: "bf16" computes in bfloat16 and reduces gradients in float32.
+    """
+    policy = root_policy = MixedPrecisionPolicy()
+    if precision == "bf16":
+        policy = root_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if hasattr(network, "compute_dtype"):  # it casts its inputs itself, but for times, which bf16 would round
+            network.compute_dtype = torch.bfloat16
+            root_policy = replace(policy, cast_forward_inputs=False)
+    for root in roots(network):
+        if isinstance(root, FSDPModule):
+            continue
+        for block in blocks(root):
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(root, mesh=mesh, mp_policy=root_policy, reshard_after_forward=True)
+        for method in getattr(root, "shard_forward_methods", ("encode", "decode")):
+            if hasattr(root, method):
+                register_fsdp_forward_method(root, method)
+
+
+def shard_frozen(network: nn.Module, mesh: DeviceMesh, precision: str = "fp32") -> None:
+    """Shards a large frozen network over the shard dimension alone; a small one stays whole on every process."""
+    size = sum(p.numel() * p.element_size() for p in network.parameters())
+    if size >= REPLICATE_BELOW_BYTES:
+        shard_network(network, mesh["shard"], precision)
+
+
+def set_gradient_sync(network: nn.Module, enabled: bool) -> None:
+    """Whether the next backward passes reduce gradients over the processes; nothing to do for a plain network."""
+    for root in roots(network):
+        if isinstance(root, FSDPModule):
+            root.set_requires_gradient_sync(enabled)

@@ -1,0 +1,119 @@
+"""Kill -9 and run the same command again: the result is that of an uninterrupted run, bit for bit, on every mesh."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_t2i.state_io import complete_checkpoints
+
+STEPS = 14
+MESHES = [(1, 1), (2, 1), (1, 2)]
+
+
+def train(repo: Path, folder: Path, *arguments: object, killed: bool = False) -> None:
+    """Runs the toy script; `killed` says that it must die of SIGKILL."""
+    command = [sys.executable, str(repo / "tests/helpers/toy.py"), str(folder), "--steps", STEPS, *arguments]
+    environment = {**os.environ, "PYTHONPATH": f"{repo}:{repo / 'tests/helpers'}", "OMP_NUM_THREADS": "1"}
+    environment = {k: v for k, v in environment.items() if not k.startswith(("LOCAL_", "MASTER_", "PYTEST_"))}
+    result = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=120)
+    if killed:
+        assert result.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL, 1), result.stderr
+        assert not (folder / f"checkpoints/step-{STEPS:08d}").exists()
+    else:
+        assert result.returncode == 0, result.stdout + result.stderr
+
+
+def state(folder: Path) -> dict:
+    return torch.load(folder / f"checkpoints/step-{STEPS:08d}/state.pt", weights_only=True)
+
+
+def differences(a, b, path="") -> list[str]:
+    """Paths at which two nests of plain values and tensors differ."""
+    if isinstance(a, dict):
+        return [d for k in a.keys() | b.keys() for d in differences(a.get(k), b.get(k), f"{path}/{k}")]
+    if isinstance(a, list | tuple):
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{path}/{i}")]
+    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    return [] if same else [path]
+
+
+def compare(interrupted: Path, uninterrupted: Path) -> None:
+    a, b = state(interrupted), state(uninterrupted)
+    for key in ("state_dict", "t2i", "global_step", "ToyData"):
+        assert differences(a[key], b[key]) == []
+    for trace in uninterrupted.glob("trace-*.jsonl"):
+        lines = {tuple(x[:2]): x[2] for x in map(json.loads, trace.read_text().splitlines())}
+        again = {
+            tuple(x[:2]): x[2] for x in map(json.loads, (interrupted / trace.name).read_text().splitlines())
+        }
+        assert again == lines  # the ids of every micro-batch, those repeated after the kill included
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, repo):
+    """`uninterrupted(mesh, accumulate)`: the folder of a run that nobody killed."""
+    folders: dict[tuple, Path] = {}
+
+    def run(mesh: tuple[int, int], accumulate: int) -> Path:
+        if (mesh, accumulate) not in folders:
+            folder = tmp_path_factory.mktemp("uninterrupted")
+            train(repo, folder, "--replicate", mesh[0], "--shard", mesh[1], "--accumulate", accumulate)
+            folders[mesh, accumulate] = folder
+        return folders[mesh, accumulate]
+
+    return run
+
+
+# Checkpoints come at 4, 8 and 12, the generator's EMA starts at step 8.
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"{m[0]}x{m[1]}")
+@pytest.mark.parametrize(
+    ("kill", "in_save", "accumulate"),
+    [
+        pytest.param(6, False, 1, id="between-checkpoints-before-EMA"),
+        pytest.param(8, True, 1, id="during-a-save"),
+        pytest.param(12, False, 1, id="at-a-boundary-after-EMA"),
+        pytest.param(10, False, 3, id="inside-an-accumulated-step"),
+    ],
+)
+def test_killed_run_equals_uninterrupted_run(tmp_path, repo, uninterrupted, mesh, kill, in_save, accumulate):
+    options = ["--replicate", mesh[0], "--shard", mesh[1], "--accumulate", accumulate]
+    train(repo, tmp_path, *options, "--kill", kill, *(["--kill-in-save"] if in_save else []), killed=True)
+    assert complete_checkpoints(tmp_path / "checkpoints")  # what was complete before the kill still is
+    train(repo, tmp_path, *options)
+    compare(tmp_path, uninterrupted(mesh, accumulate))
+    assert not list((tmp_path / "checkpoints").glob(".*"))  # a half-written folder is cleaned up
+
+
+def test_one_and_two_processes_agree(tmp_path, repo):
+    """Equal global batch, no dropout: the three meshes differ by summation order alone."""
+    for replicate, shard in MESHES:
+        train(repo, tmp_path / f"{replicate}{shard}", "--replicate", replicate, "--shard", shard, "--dropout", 0)
+    reference = state(tmp_path / "11")["state_dict"]
+    for other in ("21", "12"):
+        for name, tensor in state(tmp_path / other)["state_dict"].items():
+            torch.testing.assert_close(tensor, reference[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_moves_between_meshes(tmp_path, repo):
+    """1x1 -> 1x2 -> 2x1: optimizer states and EMA are keyed by name and hold whole tensors."""
+    straight, moved = tmp_path / "straight", tmp_path / "moved"
+    train(repo, straight, "--dropout", 0)
+    train(repo, moved, "--dropout", 0, "--kill", 6, killed=True)
+    train(repo, moved, "--dropout", 0, "--kill", 10, "--shard", 2, killed=True)
+    train(repo, moved, "--dropout", 0, "--replicate", 2)
+    for name, tensor in state(straight)["state_dict"].items():
+        torch.testing.assert_close(state(moved)["state_dict"][name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_adapter_checkpoint_of_a_sharded_run_resumes(tmp_path, repo, uninterrupted):
+    options = ["--lora", "--shard", 2]
+    train(repo, tmp_path / "whole", *options)
+    train(repo, tmp_path / "killed", *options, "--kill", 9, killed=True)
+    train(repo, tmp_path / "killed", *options)
+    compare(tmp_path / "killed", tmp_path / "whole")

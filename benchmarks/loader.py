@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +75,7 @@ def pillow_square(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image)
 
 
-def ours(folder: Path, size: int, workers: int, **options: object) -> Iterator[tuple]:
+def ours(folder: Path, size: int, workers: int, **options: Any) -> Iterator[tuple]:
     stream = ImageText(str(folder), batch_size=BATCH, size=size, **options)
     stream.prepare()
     stream.setup()
@@ -95,25 +96,30 @@ def through_webdataset(folder: Path, size: int, workers: int) -> Iterator[tuple]
     yield from webdataset.WebLoader(dataset, batch_size=None, num_workers=workers)
 
 
+def members(shard: Path) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(shard) as tar:
+        for member in tar:
+            file = tar.extractfile(member)
+            assert file is not None  # our shards hold nothing but files
+            yield member.name, file.read()
+
+
 def through_tarfile(folder: Path, size: int) -> Iterator[tuple]:
     pictures, captions = [], []
     while True:
         for path in sorted(folder.glob("*.tar")):
-            with tarfile.open(path) as tar:
-                for member in tar:
-                    data = tar.extractfile(member).read()
-                    if member.name.endswith(".json"):
-                        captions.append(json.loads(data)["caption"]["en"][0])
-                    else:
-                        pictures.append(pillow_square(Image.open(io.BytesIO(data)).convert("RGB"), size))
-                    if len(pictures) == len(captions) == BATCH:
-                        yield to_images(np.stack(pictures)), captions
-                        pictures, captions = [], []
+            for name, data in members(path):
+                if name.endswith(".json"):
+                    captions.append(json.loads(data)["caption"]["en"][0])
+                else:
+                    pictures.append(pillow_square(Image.open(io.BytesIO(data)).convert("RGB"), size))
+                if len(pictures) == len(captions) == BATCH:
+                    yield to_images(np.stack(pictures)), captions
+                    pictures, captions = [], []
 
 
 def pil_alone(folder: Path, size: int) -> Iterator[tuple]:
-    with tarfile.open(min(folder.glob("*.tar"))) as tar:
-        files = [tar.extractfile(m).read() for m in tar if not m.name.endswith(".json")]
+    files = [data for name, data in members(min(folder.glob("*.tar"))) if not name.endswith(".json")]
     start = 0
     while True:
         chosen = [files[(start + i) % len(files)] for i in range(BATCH)]

@@ -12,7 +12,7 @@ import lightning as L
 
 from callbacks.inference import data_name, log_metrics, records_of, undisturbed
 from lightning_t2i.errors import UserError
-from lightning_t2i.method import Generates
+from lightning_t2i.protocols import Generates
 from lightning_t2i.metrics.scorers import SCORERS, Scorer, ScorerOptions, build_scorer
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,8 @@ class EvalMetrics(L.Callback):
         return fits
 
     def _evaluate(self, trainer: L.Trainer, module: Any, split: str, prefix: str) -> None:
-        if not (self.options.enabled and self.options.metrics and isinstance(module, Generates)):
+        wanted = self.options.enabled and self.options.metrics and isinstance(module, Generates)
+        if not wanted:
             return
         start = self.clock()
         with undisturbed(module):

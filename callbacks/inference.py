@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -45,8 +46,8 @@ def records_of(trainer: L.Trainer, split: str) -> Iterator[Records]:
     Ends at once when the data module has no such split.
     """
     data = getattr(trainer, "datamodule", None)
-    loader = getattr(data, f"{split}_dataloader", list)()
-    for batch in loader:
+    loader: Any = getattr(data, f"{split}_dataloader", list)
+    for batch in loader():
         yield batch["main"]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from callbacks.inference import records_of, undisturbed
 from lightning_t2i.batch import Records
 from lightning_t2i.errors import UserError
-from lightning_t2i.method import Generates, Reconstructs
+from lightning_t2i.protocols import Generates, Reconstructs
 from lightning_t2i.pictures import draw_grid, save_png, to_images
 
 

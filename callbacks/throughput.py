@@ -90,7 +90,7 @@ class Throughput(L.Callback):
         now, step = self.clock(), pl_module.counters.step
         counted = self._counter is not None
         self._stop_counting()
-        if self._open and not counted and self._step_start is not None:
+        if self._open and self._step_start is not None:
             self._busy += now - self._step_start
         self._step_start = None
         if step == self._last_step:

@@ -99,7 +99,7 @@ class Latents:
         self._bad = {int(row): reason for row, reason in about["bad"].items()}
         self._index_rows = shards.rows
         self._shard = shards.index["shard"]
-        self._first = np.searchsorted(self._shard, np.arange(len(shards.index.shards)))
+        self._first = np.atleast_1d(np.searchsorted(self._shard, np.arange(len(shards.index.shards))))
         self._names = [f"{path.stem}.npy" for path in shards.index.shards]
         self._open: dict[int, np.ndarray] = {}
 
@@ -116,8 +116,8 @@ class Latents:
         """Latents of `rows`: float32 [B, C, h, w]."""
         wanted = self._index_rows[np.asarray(rows)]
         shards = self._shard[wanted]
-        out = np.empty((len(wanted), *self.shape), dtype=np.float16)
-        for shard in np.unique(shards):
+        out: np.ndarray = np.empty((len(wanted), *self.shape), dtype=np.float16)
+        for shard in np.unique(shards).tolist():
             if shard not in self._open:
                 self._open[shard] = np.asarray(np.load(self.folder / self._names[shard], mmap_mode="r"))
             chosen = shards == shard
@@ -181,8 +181,9 @@ def _encode_rows(
     """fp16 latents of index rows, zeros where a picture is bad, and the reasons by row."""
     parts, bad = [], {}
     for start in range(0, len(rows), batch_size):
-        pixels = np.zeros((len(rows[start : start + batch_size]), size, size, 3), np.uint8)
-        for i, row in enumerate(rows[start : start + batch_size]):
+        chosen = rows[start : start + batch_size]
+        pixels: np.ndarray = np.zeros((len(chosen), size, size, 3), np.uint8)
+        for i, row in enumerate(chosen.tolist()):
             try:
                 pixels[i] = square(shards.picture(row, size), size)
             except BadSample as reason:

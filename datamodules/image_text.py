@@ -62,6 +62,8 @@ class ImageText(Stream):
         max_bad_fraction: see `datamodules.records.Stream`.
     """
 
+    shards: Shards  # after `setup`
+
     def __init__(
         self,
         source: str,
@@ -89,7 +91,6 @@ class ImageText(Stream):
         self.languages, self.crop, self.flip, self.latents = tuple(languages), crop, flip, latents
         self.in_memory, self.limit, self.lanes, self.block = in_memory, limit, lanes, block
         self.max_bad_fraction = max_bad_fraction
-        self.shards: Shards | None = None
         self._kept: list[tuple[int, tuple[dict[str, Any], np.ndarray | None]]] | None = None
 
     def prepare(self) -> None:
@@ -100,7 +101,7 @@ class ImageText(Stream):
             encode(folder, self.split, self.latents, self.size)
 
     def setup(self) -> None:
-        if self.shards is not None:
+        if hasattr(self, "shards"):
             return
         self.shards = Shards(data_folder(self.source), self.split, self.languages, self.limit)
         if self.latents is not None:

@@ -79,7 +79,7 @@ class GlobalOrder:
             digest = hashlib.blake2b(f"{self.seed}\0{epoch}\0{self.sha}".encode(), digest_size=16).digest()
             generator = np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
             blocks = -(-self.n // self.block)
-            sizes = np.full(blocks, self.block, dtype=np.int64)
+            sizes: np.ndarray = np.full(blocks, self.block, dtype=np.int64)
             sizes[-1] = self.n - (blocks - 1) * self.block
             order = generator.permutation(blocks)
             offsets = np.broadcast_to(np.arange(self.block, dtype=np.uint16), (blocks, self.block)).copy()

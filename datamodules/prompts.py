@@ -94,6 +94,8 @@ class Prompts(Stream):
         max_bad_fraction: see `datamodules.records.Stream`.
     """
 
+    prompts: Shards | PromptFile  # after `setup`
+
     def __init__(
         self,
         source: str,
@@ -109,7 +111,6 @@ class Prompts(Stream):
             raise UserError("No language to take prompts from", where="languages", given=list(languages))
         self.source, self.split, self.batch_size, self.languages = source, split, batch_size, tuple(languages)
         self.limit, self.lanes, self.block, self.max_bad_fraction = limit, lanes, block, max_bad_fraction
-        self.prompts: Shards | PromptFile | None = None
 
     @property
     def _is_file(self) -> bool:
@@ -120,7 +121,7 @@ class Prompts(Stream):
             data_folder(self.source)
 
     def setup(self) -> None:
-        if self.prompts is not None:
+        if hasattr(self, "prompts"):
             return
         if not self._is_file:
             self.prompts = Shards(data_folder(self.source), self.split, self.languages, self.limit)

@@ -42,7 +42,7 @@ def picture_size(data: bytes) -> tuple[int, int]:
 
 
 class ShardWriter:
-    """Writes one split of a data-set folder, sample by sample; also a context manager.
+    """Writes one split of a data-set folder, sample by sample; as a context manager it closes itself.
 
     Args:
         folder: data-set folder, which exists.
@@ -243,16 +243,22 @@ def build(folder: Path, write: Callable[[Path], None]) -> Path:
     """`folder`, made by `write` unless it is complete already; it appears whole or not at all.
 
     Of several processes that ask at once one builds and the others wait. What a killed build left is removed.
+
+    Raises:
+        UserError: something else lies there.
     """
     if (folder / "dataset.json").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{folder.name}.lock"):
-        if not (folder / "dataset.json").is_file():
-            part = folder.parent / f".{folder.name}.part"
-            for leftover in (part, folder):
-                shutil.rmtree(leftover, ignore_errors=True)
-            part.mkdir()
-            write(part)
-            os.replace(part, folder)
+        if (folder / "dataset.json").is_file():
+            return folder
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            fix = "name a new folder, or move what is there out of the way"
+            raise UserError("The folder to write to is not empty and is no data set", where=str(folder), fix=fix)
+        part = folder.parent / f".{folder.name}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        write(part)
+        os.replace(part, folder)
     return folder

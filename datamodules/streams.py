@@ -142,6 +142,8 @@ class Streams(L.LightningDataModule):
         finite = {"val": val, "test": test, "predict": predict}
         self.training = {name: stream for name, stream in training.items() if stream is not None}
         self.finite = {name: stream for name, stream in finite.items() if stream is not None}
+        for name in finite.keys() - self.finite.keys():
+            setattr(self, f"{name}_dataloader", None)  # to Lightning, a loop that has no data and is skipped
         self.seed, self.accumulate, self.workers = seed, accumulate, workers
         self._starts = dict.fromkeys(self.training, 0)
         self._base = 0  # micro-batches that the method had consumed when `_starts` was right
@@ -166,8 +168,8 @@ class Streams(L.LightningDataModule):
         return {name: start + consumed for name, start in self._starts.items()}
 
     def _counted(self) -> int:
-        module = getattr(self.trainer, "lightning_module", None)
-        return module.counters.batches if hasattr(module, "counters") else 0
+        counters = getattr(getattr(self.trainer, "lightning_module", None), "counters", None)
+        return counters.batches if counters is not None else 0
 
     def _facts(self, name: str) -> dict[str, Any]:
         stream = self.training[name]
@@ -190,6 +192,13 @@ class Streams(L.LightningDataModule):
         if not state_dict:
             return
         self.setup("fit")
+        if state_dict["batches"] % self.accumulate:
+            raise UserError(
+                "The checkpoint does not fall between two training steps of this run",
+                where="model.common.accumulate",
+                given=f"{self.accumulate} micro-batches a step, {state_dict['batches']} consumed",
+                fix="go back to the old accumulate, or start a new run with --run NAME",
+            )
         for name, saved in state_dict["streams"].items():
             if name not in self.training:
                 raise UserError(f"The checkpoint has a stream '{name}' that this run lacks", where=f"data.{name}")
@@ -203,13 +212,6 @@ class Streams(L.LightningDataModule):
                         allowed=str(saved.get(key)),
                         fix="go back to the old value, or start a new run with --run NAME",
                     )
-            if state_dict["batches"] % self.accumulate:
-                raise UserError(
-                    "The checkpoint does not fall between two training steps of this run",
-                    where="model.common.accumulate",
-                    given=f"{self.accumulate} micro-batches a step, {state_dict['batches']} consumed",
-                    fix="go back to the old accumulate, or start a new run with --run NAME",
-                )
             self._starts[name] = saved["cursor"]
         self._base = state_dict["batches"]
 
@@ -225,9 +227,7 @@ class Streams(L.LightningDataModule):
             pin=trainer is not None and trainer.strategy.root_device.type == "cuda",
         )
 
-    def _finite_loader(self, name: str) -> StreamLoader | list:
-        if name not in self.finite:
-            return []  # Lightning skips the loop
+    def _finite_loader(self, name: str) -> StreamLoader:
         return self._loader({"main": self.finite[name]}, finite=True, workers=self.workers)
 
     def train_dataloader(self) -> StreamLoader:
@@ -235,13 +235,13 @@ class Streams(L.LightningDataModule):
             raise UserError("Training needs the stream 'main'", where="data.main", given="null")
         return self._loader(self.training, finite=False, workers=self.workers)
 
-    def val_dataloader(self) -> StreamLoader | list:
+    def val_dataloader(self) -> StreamLoader:
         return self._finite_loader("val")
 
-    def test_dataloader(self) -> StreamLoader | list:
+    def test_dataloader(self) -> StreamLoader:
         return self._finite_loader("test")
 
-    def predict_dataloader(self) -> StreamLoader | list:
+    def predict_dataloader(self) -> StreamLoader:
         return self._finite_loader("predict")
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:

@@ -1,7 +1,7 @@
 """The tokenizers of the tiny pipelines: `python -m datamodules.vocabulary OUT [--source shapes openmoji]`.
 
-Trained on the English and Chinese captions of the training splits: byte-level BPE for CLIP, and for T5, whose
-tokenizer class is a Unigram model, pieces of the same number. Both are saved as stock fast tokenizers.
+Byte-pair encodings of the English and Chinese captions of the training splits, on bytes for CLIP and on characters for
+T5 (whose class holds the pieces as a Unigram model). Both are saved as stock fast tokenizers.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datamodules.records import data_folder
-from datamodules.shards import Index, read_json
+from datamodules.records import Shards, data_folder
 
 PIECES, LENGTH = 2048, 32
+CHARACTERS = 3  # Chinese is written without spaces: a piece of more characters would swallow whole phrases
+FIRST_IDEOGRAPH = 0x2E80
 
 
 def captions(sources: list[str]) -> Iterator[str]:
     """Every caption of the training splits, both languages, in index order."""
     for source in sources:
-        index = Index.load(data_folder(source), "train")
-        for row in range(len(index)):
-            for language in ("en", "zh"):
-                yield from read_json(index, row)["caption"].get(language, [])
+        shards = Shards(data_folder(source), "train")
+        for row in range(len(shards)):
+            for texts in shards.meta(row)["caption"].values():
+                yield from texts
 
 
 def clip_tokenizer(texts: list[str]) -> Any:
@@ -33,34 +34,44 @@ def clip_tokenizer(texts: list[str]) -> Any:
     from transformers import CLIPTokenizer
 
     special = ["<|startoftext|>", "<|endoftext|>"]
-    fresh = CLIPTokenizer(vocab={token: i for i, token in enumerate(special)}, merges=[])
     trainer = trainers.BpeTrainer(
-        vocab_size=PIECES,
+        vocab_size=3 * PIECES,
         special_tokens=special,
         end_of_word_suffix="</w>",
         initial_alphabet=_byte_alphabet(),
         show_progress=False,
     )
-    model = fresh.backend_tokenizer
+    model = CLIPTokenizer(vocab={token: i for i, token in enumerate(special)}, merges=[]).backend_tokenizer
     model.train_from_iterator(texts, trainer)
     state = json.loads(model.to_str())["model"]
-    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in state["merges"]]
-    return CLIPTokenizer(vocab=state["vocab"], merges=merges, model_max_length=LENGTH)
+    pairs = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in state["merges"]]
+    # Longer pieces are built from shorter ones only, so dropping the long ones leaves no merge without its parts.
+    pairs = [pair for pair in pairs if sum(ord(c) > 127 for c in "".join(pair)) <= 3 * CHARACTERS]
+    merged = {"".join(pair) for pair in pairs}
+    base = [piece for piece, _ in sorted(state["vocab"].items(), key=lambda item: item[1]) if piece not in merged]
+    base = [piece for piece in base if len(piece.removesuffix("</w>")) == 1 or piece in special]
+    pairs = pairs[: PIECES - len(base)]
+    vocab = {piece: i for i, piece in enumerate([*base, *("".join(pair) for pair in pairs)])}
+    return CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=LENGTH)
 
 
 def t5_tokenizer(texts: list[str]) -> Any:
-    """A T5Tokenizer of at most PIECES Unigram pieces: 0 pads, 1 ends, 2 is unknown."""
-    from tokenizers import trainers
+    """A T5Tokenizer of at most PIECES pieces: 0 pads, 1 ends, 2 is unknown.
+
+    The pieces are those of a BPE on characters. Early merges score higher, and every piece costs far more than that
+    difference, so a caption is cut into as few pieces as possible.
+    """
+    from tokenizers import Tokenizer, models, trainers
     from transformers import T5Tokenizer
 
     special = ["<pad>", "</s>", "<unk>"]
-    fresh = T5Tokenizer(extra_ids=0)
-    trainer = trainers.UnigramTrainer(
-        vocab_size=PIECES, special_tokens=special, unk_token="<unk>", show_progress=False
-    )
-    model = fresh.backend_tokenizer
-    model.train_from_iterator(texts, trainer)
-    vocab = [(piece, score) for piece, score in json.loads(model.to_str())["model"]["vocab"]]
+    pairs = Tokenizer(models.BPE())
+    pairs.pre_tokenizer = T5Tokenizer(extra_ids=0).backend_tokenizer.pre_tokenizer
+    trainer = trainers.BpeTrainer(vocab_size=3 * PIECES, special_tokens=special, show_progress=False)
+    pairs.train_from_iterator(texts, trainer)
+    pieces = [piece for piece, _ in sorted(pairs.get_vocab().items(), key=lambda item: item[1])]
+    pieces = [piece for piece in pieces if sum(ord(c) > FIRST_IDEOGRAPH for c in piece) <= CHARACTERS][:PIECES]
+    vocab = [(piece, 0.0 if piece in special else -10 - rank / PIECES) for rank, piece in enumerate(pieces)]
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=LENGTH)
 
 
@@ -79,7 +90,8 @@ def main() -> None:
     for name, make in (("clip", clip_tokenizer), ("t5", t5_tokenizer)):
         tokenizer = make(texts)
         tokenizer.save_pretrained(options.out / name)
-        lengths = [len(ids) for ids in tokenizer(texts[:: max(1, len(texts) // 5000)])["input_ids"]]
+        sample = texts[:: max(1, len(texts) // 5000)]
+        lengths = [len(ids) for ids in tokenizer(sample, truncation=False, verbose=False)["input_ids"]]
         print(f"{name}: {len(tokenizer)} pieces, longest of {len(lengths)} captions {max(lengths)} tokens")
 
 

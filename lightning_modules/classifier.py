@@ -44,9 +44,7 @@ class Classifier(MethodModule):
         common: options of the engine.
     """
 
-    def __init__(
-        self, noise: float = 0.2, classifier: GroupOptions | None = None, common: MethodOptions | None = None
-    ):
+    def __init__(self, noise: float = 0.2, classifier: GroupOptions | None = None, common: MethodOptions | None = None):
         super().__init__(common)
         self.noise, self.options = noise, classifier or GroupOptions()
 

@@ -66,6 +66,8 @@ class Diffusion(MethodModule):
         lora_rank: train low-rank adapters of this rank instead of the weights; null trains the weights.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         guidance, steps, solver: how `sample` samples.
+        embedded_guidance: what a guidance-distilled network (FLUX.1-dev) is told; other networks ignore it.
+        size: side of sampled pictures in pixels; null is the size that the network was made for.
         denoiser, text_encoder: how the weights are updated.
         common: options of the engine.
     """
@@ -89,6 +91,8 @@ class Diffusion(MethodModule):
         guidance: float = 3.0,
         steps: int = 25,
         solver: Literal["ddim", "euler", "heun", "dpmpp_2m"] = "ddim",
+        embedded_guidance: float = 1.0,
+        size: int | None = None,
         denoiser: GroupOptions | None = None,
         text_encoder: GroupOptions | None = None,
         common: MethodOptions | None = None,
@@ -104,6 +108,7 @@ class Diffusion(MethodModule):
         self.null_probability, self.lora_rank = null_probability, lora_rank
         self.gradient_checkpointing = gradient_checkpointing
         self.guidance, self.steps, self.solver = guidance, steps, solver
+        self.embedded_guidance, self.size = embedded_guidance, size
         self.options, self.text_options = denoiser or GroupOptions(), text_encoder or GroupOptions()
 
     def configure_model(self) -> None:
@@ -154,28 +159,33 @@ class Diffusion(MethodModule):
         with torch.no_grad():
             return self.codec.encode(records.image)
 
-    def text_of(self, records: Records) -> Cond | None:
+    def text_of(self, records: Records, averaged: bool = False) -> Cond | None:
         """The condition of each sample: cached, encoded from its caption, its class label, or none."""
         if records.cond is not None:
             return records.cond
         if hasattr(self, "text") and records.caption is not None:
-            return self.text(records.caption)
+            return self.encode(records.caption, averaged)
         classes = getattr(self.denoiser.backbone.config, "num_class_embeds", None)
         return Cond(label=records.label, null_label=classes - 1) if classes and records.label is not None else None
+
+    def encode(self, captions: list[str], averaged: bool) -> Cond:
+        """Conditions of captions by the text encoder, or by its averaged weights."""
+        cond = (self.generator_of("text") if averaged and "text" in self.groups else self.text)(captions)
+        if getattr(self.denoiser.backbone.config, "guidance_embeds", False):
+            cond.guidance = torch.full((len(captions),), self.embedded_guidance, device=self.device)
+        return cond
 
     @torch.no_grad()
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """The loss of the averaged weights at noise and times that every validation shares."""
         records = batch["main"]
-        encoder = self.generator_of("text") if "text" in self.groups else getattr(self, "text", None)
-        cond = encoder(records.caption) if encoder is not None else self.text_of(records)
+        cond = self.text_of(records, averaged=True)
         loss = self.loss(records, self.generator_of("denoiser"), cond, self.keys.fork("validation"))
         self.log("val/loss", loss, batch_size=len(records), sync_dist=True)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Cond:
-        encoder = self.generator_of("text") if "text" in self.groups else self.text
-        return encoder(prompts)
+        return self.encode(prompts, averaged=True)
 
     @torch.no_grad()
     def sample(
@@ -183,8 +193,8 @@ class Diffusion(MethodModule):
     ) -> Tensor:
         """Pictures [B, 3, H, W] of the averaged weights; the noise of a picture depends on keys and position."""
         denoiser = self.generator_of("denoiser")
-        config = denoiser.backbone.config
-        z = keys.normal("z", positions, (config.in_channels, config.sample_size, config.sample_size))
+        size = self.size or denoiser.backbone.config.sample_size * self.codec.factor
+        z = keys.normal("z", positions, self.codec.latent_shape(size))
         scale = self.guidance if guidance is None else guidance
         latents = sample(denoiser, z, cond, steps or self.steps, scale if cond is not None else 1.0, self.solver)
         return self.codec.decode(latents).clamp(-1, 1)

@@ -1,18 +1,19 @@
 """Tokenizer: autoencoders that turn pictures into latents, continuous (KL) or discrete (VQ).
 
     z = E(x),  x' = D(z)
-    L_KL = |x - x'| + |x - x'|^2 + beta KL(q(z|x) || N(0, I)) + lambda |phi(x) - phi(x')|^2      (arXiv 2112.10752, app. G)
-    L_VQ = |x - x'| + |x - x'|^2 + |sg(E(x)) - e|^2 + 0.25 |E(x) - sg(e)|^2 + …                  (arXiv 1711.00937, eq. 3)
+    L_KL = |x - x'| + |x - x'|^2 + beta KL(q(z|x) || N(0, I)) + lambda |phi(x) - phi(x')|^2    (arXiv 2112.10752, G)
+    L_VQ = |x - x'| + |x - x'|^2 + |sg(E(x)) - e|^2 + 0.25 |E(x) - sg(e)|^2 + the same lambda  (arXiv 1711.00937, 3)
 
     x [B, 3, H, W] in [-1, 1]; z [B, C, h, w]; e the nearest codebook vectors; phi features of a frozen network.
 
-Deviations: no adversarial term, since the tiny pictures have no texture that needs one; the reconstruction error is a
-mean over pixels, so beta is the published 1e-6 divided by nothing. The exported KL autoencoder carries the scaling
-factor that gives its latents unit standard deviation.
+Deviations: no adversarial term, since the tiny pictures have no texture that needs one; all errors are means over
+elements where the reference sums over a picture. The exported KL autoencoder carries the scaling factor that gives its
+latents unit standard deviation.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ class Tokenizer(MethodModule):
     @torch.no_grad()
     def export(self, folder: Path, batches: Iterable[Batch]) -> None:
         """Writes the diffusers folder, fp16, with the scale that gives the latents of `batches` unit deviation."""
-        autoencoder: Any = self.generator_of("autoencoder")
+        autoencoder: Any = copy.deepcopy(self.generator_of("autoencoder"))
         if not self.discrete:
             z = torch.cat([autoencoder.encode(b["main"].image).latent_dist.mean for b in batches])
             autoencoder.register_to_config(scaling_factor=1 / float(z.std()))

@@ -31,7 +31,7 @@ def _take(record: T, rows) -> T:
     """Rows of a record; `rows` is a slice or an index tensor [N]."""
     taken = _map_tensors(record, lambda name, x: x[rows] if _per_row(name) else x)
     positions = range(*rows.indices(len(record))) if isinstance(rows, slice) else rows.tolist()
-    lists = {
+    lists: dict[str, Any] = {
         f.name: [getattr(record, f.name)[i] for i in positions]
         for f in fields(record)
         if isinstance(getattr(record, f.name), list)
@@ -114,7 +114,7 @@ class Cond:
         return _map_tensors(self, lambda _, x: x.detach())
 
     def to_cache(self) -> list[dict[str, Tensor]]:
-        """One dict per sample without padding: only the real tokens are kept (a cache of padded ones is 5-10x larger)."""
+        """One dict per sample without padding: a cache of padded tokens would be five to ten times larger."""
         rows = []
         for i in range(len(self)):
             row = {n: getattr(self, n)[i] for n in ("embeds", "pooled", "label") if getattr(self, n) is not None}

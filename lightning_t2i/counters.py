@@ -34,12 +34,13 @@ class Counters:
 
 
 def advance_global_step(trainer: L.Trainer) -> None:
-    """Makes `trainer.global_step` rise by one.
+    """Makes `trainer.global_step` rise by one, and validation metrics carry that step.
 
-    Lightning counts each optimizer step of manual optimisation, so two optimizers would count twice. The engine steps
-    raw optimizers and counts the training step itself. These names are private in Lightning 2.6: a test fails when
-    they change.
+    Lightning counts each optimizer step of manual optimisation, so two optimizers would count twice, and stamps
+    validation metrics with a count of batches. The engine steps raw optimizers and counts the training step itself.
+    These names are private in Lightning 2.6: tests fail when they change.
     """
-    progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
-    progress.increment_ready()
-    progress.increment_completed()
+    loop = trainer.fit_loop.epoch_loop
+    loop.manual_optimization.optim_step_progress.increment_ready()
+    loop.manual_optimization.optim_step_progress.increment_completed()
+    loop._batches_that_stepped = trainer.global_step

@@ -5,8 +5,8 @@
     words   = Philox4x32-10(counter, key)                     Salmon et al., SC 2011, figure 2 and table 2
     uniform = (word + 1/2) / 2^32,   normal = inverse normal CDF of the uniform (AS 241, Wichura 1988)
 
-Only integer arithmetic and the exactly rounded operations +, *, /, sqrt in float64 are used, so the bits are the same on
-CPU and GPU. Draw outside compiled regions: a compiler may fuse a multiplication and an addition, which changes bits.
+Only integer arithmetic and the exactly rounded operations +, *, /, sqrt in float64 are used, so the bits are the same
+on CPU and GPU. Draw outside compiled regions: a compiler may fuse a multiplication and an addition, which changes bits.
 """
 
 from __future__ import annotations

@@ -38,19 +38,21 @@ class TrackingOptions:
 class Clock:
     """Training step and samples seen, for values that Lightning logs with its own count of batches."""
 
-    def __init__(self) -> None:
-        self.trainer: L.Trainer | None = None
+    def __init__(self, trainer: L.Trainer | None = None) -> None:
+        self.trainer = trainer
 
     def stamp(self, metrics: Mapping[str, Any], step: int | None) -> tuple[dict[str, Any], int, int]:
         """(metrics without Lightning's bookkeeping, training step, samples seen)."""
         values = dict(metrics)
         module = getattr(self.trainer, "lightning_module", None)
         from_lightning = values.pop("epoch", None) is not None
-        if self.trainer is not None and (step is None or from_lightning):
-            step = int(self.trainer.global_step)
         counters = getattr(module, "counters", None)
-        samples = values.pop("samples", getattr(counters, "samples", 0))
-        return values, step or 0, int(samples)
+        if counters is not None and (step is None or from_lightning):
+            step = counters.step
+        samples = getattr(counters, "samples", 0)
+        if isinstance(values.get("samples"), int | float):  # else it is a list of pictures
+            samples = int(values.pop("samples"))
+        return values, step or 0, samples
 
 
 class JsonlLogger(Logger):
@@ -121,6 +123,8 @@ def write_csv(file: Path, target: Path) -> None:
 class Wandb(WandbLogger):
     """W&B run whose every value is plotted against training steps, and which goes on under its id after a resume."""
 
+    _experiment: Any
+
     def __init__(self, folder: Path, options: TrackingOptions, config: Mapping[str, Any], clock: Clock):
         super().__init__(
             name=folder.name,
@@ -142,7 +146,8 @@ class Wandb(WandbLogger):
             # One axis for everything: W&B's own step counts log calls and starts at 0 after each resume.
             quiet = wandb.Settings(silent=True, console="off") if self.mode == "offline" else None
             try:
-                self._experiment = wandb.init(**self._wandb_init, settings=quiet)
+                arguments = {k: v for k, v in self._wandb_init.items() if v is not None}
+                self._experiment = wandb.init(**arguments, settings=quiet)
             except wandb.errors.UsageError as error:
                 raise UserError(
                     "W&B could not start",

@@ -14,62 +14,24 @@ and updates the EMA of each due group, in the order of declaration, and `trainer
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_t2i.batch import Batch, Cond
+from lightning_t2i.batch import Batch
 from lightning_t2i.counters import Counters, advance_global_step
 from lightning_t2i.errors import UserError
-from lightning_t2i.frozen import check_identities, freeze
+from lightning_t2i.frozen import freeze
 from lightning_t2i.group import Group
+from lightning_t2i.guards import stop_unless_finite
 from lightning_t2i.keys import Keys
 from lightning_t2i.options import GroupOptions, MethodOptions, Plain
-from lightning_t2i.state_io import copy_into, full_tensor
+from lightning_t2i.protocols import Generates
+from lightning_t2i.saved import Saved
 from lightning_t2i.strategies.fsdp2 import mesh_of
 from lightning_t2i.strategies.sharding import compile_blocks, set_gradient_sync, shard_frozen, shard_network
-
-
-@runtime_checkable
-class Generates(Protocol):
-    """A method that makes pictures."""
-
-    def encode_prompts(self, prompts: list[str]) -> Cond: ...
-
-    def sample(self, cond: Cond, keys: Keys, positions: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1]; the noise of a picture depends on keys and position alone."""
-
-
-@runtime_checkable
-class Reconstructs(Protocol):
-    """A method that encodes and decodes pictures."""
-
-    def reconstruct(self, images: Tensor) -> Tensor: ...
-
-
-@runtime_checkable
-class Embeds(Protocol):
-    """A method that maps pictures and texts to one space: [B, D] each, unit length."""
-
-    def encode_image(self, images: Tensor) -> Tensor: ...
-
-    def encode_text(self, texts: list[str]) -> Tensor: ...
-
-
-@runtime_checkable
-class Exports(Protocol):
-    """A method whose result is a stock diffusers or transformers folder."""
-
-    def export(self, folder: Path) -> None: ...
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient norm is not finite; raised before any weight of the step is touched."""
 
 
 def _once(build: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -103,7 +65,7 @@ def _as_training_step(step: Callable[..., Any]) -> Callable[..., Any]:
     return training_step
 
 
-class MethodModule(L.LightningModule):
+class MethodModule(Saved):
     """Base of all methods.
 
     Args:
@@ -188,7 +150,7 @@ class MethodModule(L.LightningModule):
         """Whether the group is updated in the current training step."""
         return self.groups[name].due(self.counters.step)
 
-    def backward(self, names: str | tuple[str, ...], loss: Tensor, **scalars: Tensor) -> None:  # type: ignore[override]
+    def backward(self, names: str | tuple[str, ...], loss: Tensor, **scalars: Tensor) -> None:
         """Adds the gradient of a loss, averaged over the training step, to the named groups and to no other.
 
         It takes the place of Lightning's hook of the same name, which manual optimisation never calls.
@@ -243,7 +205,7 @@ class MethodModule(L.LightningModule):
         due = [g for g in self.groups.values() if g.due(counters.step)]
         norms = {g.name: g.gradient_norm() for g in due}
         if self.common.check_finite:
-            self._stop_unless_finite(norms)
+            stop_unless_finite(self, self._losses, norms, self._seen)
         for group in due:
             group.step(norms[group.name])
             group.average(counters.step)
@@ -254,34 +216,6 @@ class MethodModule(L.LightningModule):
         counters.micro, counters.step = 0, counters.step + 1
         self._losses, self._scalars, self._seen = [], {}, []
         advance_global_step(self.trainer)
-
-    def _stop_unless_finite(self, norms: dict[str, Tensor]) -> None:
-        values = [*(loss for _, loss in self._losses), *norms.values()]
-        finite = torch.stack([v.float().isfinite() for v in values]).all()
-        finite = self.trainer.strategy.reduce(finite.float(), reduce_op="sum") >= self.trainer.world_size - 0.5
-        if bool(finite):
-            return
-        report = {
-            "step": self.counters.step,
-            "seed": self.common.seed,
-            "rank": self.global_rank,
-            "losses": [(name, float(loss)) for name, loss in self._losses],
-            "gradient_norms": {name: float(norm) for name, norm in norms.items()},
-            "ids": self._seen,
-            "replay": f"python train.py fit --config {self.trainer.default_root_dir}/config.yaml --run replay"
-            f" --trainer.max_steps {self.counters.step + 1}",
-        }
-        file = (
-            Path(self.trainer.default_root_dir) / f"non-finite-step-{self.counters.step}-rank-{self.global_rank}.json"
-        )
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(report, indent=1))
-        raise NonFiniteError(
-            f"A loss or gradient norm is not finite at training step {self.counters.step}; no weight was changed.\n"
-            f"  losses: {report['losses']}\n  gradient norms: {report['gradient_norms']}\n"
-            f"  sample ids: {self._seen}\n  keys: seed {self.common.seed}, step {self.counters.step}\n"
-            f"  written: {file}\n  replay:  {report['replay']}"
-        )
 
     def _log(self, norms: dict[str, Tensor]) -> None:
         if (
@@ -328,54 +262,14 @@ class MethodModule(L.LightningModule):
         return self
 
     def on_train_start(self) -> None:
+        if self.common.validate_first and self.counters.step == 0 and self.trainer.enable_validation:
+            self.trainer.validating = True
+            self.trainer.fit_loop.epoch_loop.val_loop.run()
+            self.trainer.training = True
         self.train()  # frozen networks and EMA twins back to eval, whatever Lightning remembered
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Whole tensors of all that training changes; a collective call when sharded."""
-        return {name: full_tensor(t) for group in self.groups.values() for name, t in group.tensors()}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Restores what `state_dict` returned, onto any mesh.
-
-        Raises:
-            UserError: names or shapes differ from this method's.
-        """
-        targets = dict(t for group in self.groups.values() for t in group.tensors())
-        wrong = sorted(targets.keys() ^ state_dict.keys()) or [
-            n for n in targets if targets[n].shape != state_dict[n].shape
-        ]
-        if wrong:
-            raise UserError(
-                "The checkpoint does not fit this method and config",
-                given=f"{len(wrong)} entries differ, first: {wrong[0]}",
-                fix="use the config that wrote the checkpoint",
-            )
-        for name, target in targets.items():
-            copy_into(target, state_dict[name])
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["t2i"] = {
-            "format": 1,
-            "counters": self.counters.state(),
-            "groups": {name: group.state() for name, group in self.groups.items()},
-            "frozen": dict(self.frozen_identities),
-            "seed": self.common.seed,
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get("t2i")
-        if saved is None or saved.get("format") != 1:
-            raise UserError(
-                "The checkpoint was not written by this repository", fix="name a runs/NAME/checkpoints folder"
-            )
-        check_identities(saved["frozen"], self.frozen_identities)
-        self.counters.load(saved["counters"])
-        if any(group.optimizer for group in self.groups.values()):
-            self._load_groups(saved["groups"])
-        else:
-            self._pending = saved["groups"]
-
-    def _load_groups(self, groups: Plain) -> None:
-        for name, group in self.groups.items():
-            group.load(groups[name])
-        self._pending = None
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Pictures for the prompts of a batch, by a method that generates."""
+        assert isinstance(self, Generates)
+        main = batch["main"]
+        return self.sample(self.encode_prompts(main.caption), self.keys.fork("predict"), main.position)

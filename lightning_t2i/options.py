@@ -68,6 +68,7 @@ class MethodOptions:
         compile: compile the repeated blocks of trained networks with torch.compile.
         precision: "bf16" computes in bfloat16 with float32 master weights and float32 gradient reduction; it needs the
             FSDP2 strategy, which also runs with one process.
+        validate_first: run the validation once before the first training step, as the curve's first point.
         check_finite: stop before an update when a loss or a gradient norm is not finite; costs one host
             synchronisation per training step.
     """
@@ -77,6 +78,7 @@ class MethodOptions:
     log_every: int = 10
     compile: Literal["none", "blocks"] = "none"
     precision: Literal["fp32", "bf16"] = "fp32"
+    validate_first: bool = False
     check_finite: bool = True
 
     def __post_init__(self) -> None:

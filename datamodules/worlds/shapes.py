@@ -14,9 +14,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from datamodules.shards import ShardWriter, finish
+from datamodules.shards import Index, ShardWriter, finish
 from datamodules.worlds.draws import Draws
-from datamodules.worlds.shapes_captions import captions
+from datamodules.worlds.shapes_captions import Kind, captions
 from datamodules.worlds.shapes_draw import png, render
 from datamodules.worlds.shapes_scenes import PAIRS, TASKS, draw
 
@@ -86,17 +86,17 @@ def scenes(parameters: Parameters, split: str) -> Iterator[dict[str, Any]]:
 def write(folder: Path, parameters: Parameters) -> None:
     """Writes all splits and `dataset.json` into an empty folder."""
     world = {"version": VERSION, **asdict(parameters)}
-    kinds = {"train": "train", "val": "prompt", "test": "prompt", "retrieval": "full"}
+    kinds: dict[str, Kind] = {"train": "train", "val": "prompt", "test": "prompt", "retrieval": "full"}
     indices = {}
     with tqdm(total=sum(getattr(parameters, split) for split in kinds), desc="shapes", unit="scene") as bar:
         for split, kind in kinds.items():
             if not getattr(parameters, split):
                 continue
-            writer = ShardWriter(folder, split, parameters.samples_per_shard, world)
-            for index, found in enumerate(scenes(parameters, split)):
-                meta = {"caption": captions(found, kind), "label": label(found), "scene": found}
-                columns = {"task": found["task"], "held_out": found["held_out"], "objects": len(found["objects"])}
-                writer.write(f"{index:06d}", png(render(found)), "png", meta, columns)
-                bar.update()
-            indices[split] = writer.close()
+            with ShardWriter(folder, split, parameters.samples_per_shard, world) as writer:
+                for index, found in enumerate(scenes(parameters, split)):
+                    meta = {"caption": captions(found, kind), "label": label(found), "scene": found}
+                    columns = {"task": found["task"], "held_out": found["held_out"], "objects": len(found["objects"])}
+                    writer.write(f"{index:06d}", png(render(found)), "png", meta, columns)
+                    bar.update()
+            indices[split] = Index.load(folder, split)
     finish(folder, "shapes", indices, LICENCE, world)

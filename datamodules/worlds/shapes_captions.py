@@ -15,6 +15,7 @@ ZH_GROUND = {"white": "白色", "grey": "灰色", "black": "黑色"}
 ZH_NUMBER = {1: "一个", 2: "两个", 3: "三个"}
 ZH_RELATION = {"left of": "左边", "right of": "右边", "above": "上边", "below": "下边"}
 
+Kind = Literal["prompt", "train", "full"]
 Thing = tuple[str, str | None, int]  # shape, colour or None, count
 
 
@@ -38,7 +39,7 @@ def chinese(things: Sequence[Thing], relation: str | None, background: str | Non
     return text + (f"，{ZH_GROUND[background]}背景" if background else "")
 
 
-def captions(scene: Mapping[str, Any], kind: Literal["prompt", "train", "full"]) -> dict[str, list[str]]:
+def captions(scene: Mapping[str, Any], kind: Kind) -> dict[str, list[str]]:
     """Texts by language, all true of the picture, each telling at least what the scene asks for.
 
     Args:

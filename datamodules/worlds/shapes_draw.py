@@ -42,7 +42,7 @@ def coverage(shape: str, size: int) -> np.ndarray:
 
 def render(scene: Mapping[str, Any]) -> np.ndarray:
     """The picture of a scene, uint8 [32, 32, 3]; integer arithmetic, so the same everywhere."""
-    pixels = np.empty((SIDE, SIDE, 3), np.int64)
+    pixels: np.ndarray = np.empty((SIDE, SIDE, 3), np.int64)
     pixels[:] = BACKGROUNDS[scene["background"]]
     for item in scene["objects"]:
         x0, y0, x1, y1 = item["box"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lightning_t2i.cli.errors import descend
 from lightning_t2i.cli.configs import Merged
+from lightning_t2i.cli.errors import descend
 from lightning_t2i.errors import UserError
 
 # trainer option -> (values that are fine, what takes its place)
@@ -27,6 +27,11 @@ def semantic(merged: Merged, verb: str) -> Iterator[UserError]:
     """Mistakes in a merged config that are none of the parser's."""
     trainer = merged.config.get("trainer")
     trainer = trainer if isinstance(trainer, dict) else {}
+
+    for name, example in (("model", "lightning_modules.diffusion.Diffusion"), ("data", "datamodules.streams.Streams")):
+        if merged.config.get(name) is None:
+            fix = f"{name}: {{class_path: {example}, init_args: {{...}}}}, or a `base:` that has it"
+            yield UserError("A section is missing", where=name, fix=fix)
 
     def at(key: str) -> str:
         source = merged.source_of(key)

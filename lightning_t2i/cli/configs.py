@@ -76,7 +76,8 @@ class Merged:
             self.errors.append(UserError("The configs name each other in a circle", where="base", given=chain))
             return
         if not found.is_file():
-            near = closest(found.name, [p.name for p in found.parent.glob("*.yaml")]) if found.parent.is_dir() else None
+            there = {p.stem: p.name for p in found.parent.glob("*.yaml")}
+            near = there.get(closest(found.stem, there) or "")
             fix = f"{path.parent / near}" if near else "python train.py list shows the configs"
             self.errors.append(
                 UserError(
@@ -153,11 +154,11 @@ class Merged:
             self._forget(path)
             old = node[key] = {}
             self.sources[".".join(path)] = source
-        if "class_path" in value and value["class_path"] != old.get("class_path"):
-            if not (path == ("model",) and is_subclass(value["class_path"], old.get("class_path"))):
-                for name in ("init_args", "dict_kwargs"):
-                    old.pop(name, None)
-                    self._forget((*path, name))
+        changed = "class_path" in value and value["class_path"] != old.get("class_path")
+        if changed and not (path == ("model",) and is_subclass(value["class_path"], old.get("class_path"))):
+            for name in ("init_args", "dict_kwargs"):
+                old.pop(name, None)
+                self._forget((*path, name))
         for name, child in value.items():
             self._merge(old, str(name), child, (*path, str(name)), source)
 
@@ -169,7 +170,7 @@ class Merged:
     def _refuse_file(self, path: Path_, value: str, source: str) -> None:
         self.errors.append(
             UserError(
-                "A section cannot be the name of a file: the file and the other keys of the section would replace each other",
+                "A section cannot be the name of a file: file and other keys of the section would replace each other",
                 where=f"{'.'.join(path)} in {source}",
                 given=value,
                 fix=f"base: [{value}] at the top of the file (paths are relative to it) merges both",

@@ -1,14 +1,19 @@
-"""All the mistakes of a config at once: jsonargparse stops at the first one, so each is noted, dropped and parsed past."""
+"""All the mistakes of a config at once.
+
+jsonargparse stops at the first one, so each is noted, dropped and parsed past.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import inspect
+import itertools
 import re
 from argparse import ArgumentError
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
+from difflib import SequenceMatcher
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -25,7 +30,6 @@ _TOKENS = re.compile(
     r"|No module named '(?P<missing>[^']+)'"
     r"|arguments are required: (?P<required>\S+)"
     r"|Key \"(?P<required_key>[^\"]+)\" is required"
-    r"|Expected an? (?P<type>.+?)(?:\. Got value|$)"
     r"|(?P<subclass>does not correspond to a subclass of \w+)",
     re.MULTILINE,
 )
@@ -87,17 +91,16 @@ def explain(message: str, parser: ArgumentParser, merged: Merged) -> tuple[list[
     """Path to drop, and the mistake in our own words, from a message of jsonargparse."""
     keys: list[str] = []
     leaf: re.Match[str] | None = None
-    types: list[str] = []
+    end = 0
     for found in _TOKENS.finditer(message):
-        if leaf is None and found["key"] is not None:
-            keys.append(found["key"])
-        elif found["type"] is not None:
-            types.append(found["type"])
-        elif leaf is None:
+        if found["key"] is None:
             leaf = found
+            break
+        keys.append(found["key"])
+        end = found.end()
     path, value = descend(merged.config, keys)
     if leaf is None:
-        return path, _wrong_value(path, value, types[:2], message, merged)
+        return path, _wrong_value(path, value, _inner(message, end), merged)
     if leaf["required"] or leaf["required_key"]:
         name = (leaf["required"] or leaf["required_key"]).rstrip(",")
         where = ".".join([*path, name])
@@ -115,7 +118,17 @@ def _at(path: list[str], merged: Merged) -> str:
     return f"{where} ({source})" if source else where
 
 
-def _wrong_value(path: list[str], value: Any, types: list[str], message: str, merged: Merged) -> UserError:
+def _inner(message: str, start: int) -> str:
+    """The lines of a message that are indented under the line in which `start` is."""
+    head = message.rfind("\n", 0, start) + 1
+    indent = len(message[head:]) - len(message[head:].lstrip())
+    lines = message[start:].splitlines()[1:]
+    inside = itertools.takewhile(lambda line: len(line) - len(line.lstrip()) > indent, lines)
+    return "\n".join(inside) or message
+
+
+def _wrong_value(path: list[str], value: Any, message: str, merged: Merged) -> UserError:
+    types = re.findall(r"Expected an? (.+?)(?:\. Got value|$)", message, re.MULTILINE)
     literal = re.search(r"Literal\[(.*?)\]", " ".join(types))
     if literal:
         allowed: Any = [word.strip(" '\"") for word in literal[1].split(",")]
@@ -144,11 +157,13 @@ def _unknown_key(
         known = [a.dest for a in parser._actions if a.dest not in ("help", "config", "print_config")]
         start = f"{'.'.join(path)}." if path else ""
         names = list(dict.fromkeys(n[len(start) :].split(".")[0] for n in known if n.startswith(start)))
-    names = [n for n in names if "print_" not in n]
+    names = [n for n in names if "print_" not in n and n != "params"]
     top = unknown.split(".")[0]
     head = [*path, *(["init_args"] if isinstance(value, Mapping) and "class_path" in value else []), top]
     given = descend(merged.config, head)[1] if not owners or isinstance(value, Mapping) else None
     near = closest(top, names)
+    if len(names) > 12:
+        names = [*sorted(names, key=lambda n: -SequenceMatcher(None, n, top).ratio())[:6], f"and {len(names) - 6} more"]
     fix = f"write {near} instead of {top}" if near else f"remove {top}"
     return head, UserError("Unknown key", where=_at(head, merged), given=given, allowed=", ".join(names), fix=fix)
 
@@ -164,10 +179,26 @@ def _unknown_class(path: list[str], value: Any, leaf: re.Match[str], merged: Mer
     if path == ["model"]:
         candidates = method_classes()
     near = closest(given, candidates)
-    what = "The class is not of the kind that belongs here" if leaf["subclass"] else "There is no such class"
+    if leaf["subclass"]:
+        what = "The class is not of the kind that belongs here"
+    elif leaf["missing"]:
+        what = f"The class cannot be imported: there is no module {leaf['missing']}"
+    else:
+        what = "There is no such class"
     where = _at([*path, "class_path"], merged)
     allowed = ", ".join(candidates) if 0 < len(candidates) <= 12 else None
     return path, UserError(what, where=where, given=given, allowed=allowed, fix=f"class_path: {near}" if near else None)
+
+
+def locate(error: UserError, values: Mapping[str, Any]) -> UserError:
+    """Completes the key of an error whose constructor knew only the end of it, where one value of the config fits."""
+    where = error.where
+    if where is not None and where not in values:
+        found = [k for k, v in values.items() if k.endswith(f".{where}") and str(v) == str(error.given)]
+        if len(found) == 1:
+            error.where = found[0]
+            error.args = (str(error).replace(f"where:   {where}", f"where:   {found[0]}"),)
+    return error
 
 
 def parse_all(parser: ArgumentParser, merged: Merged) -> tuple[Namespace | None, list[UserError]]:

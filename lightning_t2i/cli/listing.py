@@ -1,4 +1,4 @@
-"""What is in the repository, read without importing it: methods from their docstrings, configs from their first line."""
+"""What is in the repository, read without importing it: docstrings of methods, first lines of configs."""
 
 from __future__ import annotations
 

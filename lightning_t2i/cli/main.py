@@ -24,6 +24,7 @@ VERBS = {
     "validate": ("lightning_t2i.cli.verbs:validate", "validation loop on a run's newest checkpoint"),
     "test": ("lightning_t2i.cli.verbs:test", "test loop on a run's newest checkpoint"),
     "predict": ("lightning_t2i.cli.verbs:predict", "predict loop on a run's newest checkpoint"),
+    "export": ("lightning_t2i.cli.export:export", "export OUT --run NAME: the run's stock diffusers folder"),
     "new": ("lightning_t2i.cli.new:new", "new NAME --from METHOD: a method of your own that runs at once"),
     "list": ("lightning_t2i.cli.main:list_all", "methods and configs of this repository"),
 }
@@ -93,7 +94,8 @@ def parse(arguments: Sequence[str]) -> Request:
         elif not token.startswith("--"):
             words.append(token)
         else:
-            name, given, value = token[2:].partition("=")
+            name, given, text = token[2:].partition("=")
+            value: str | None = text
             if not given:
                 value = rest.pop(0) if rest and not rest[0].startswith("--") else None
             if name.endswith(".help"):
@@ -105,7 +107,7 @@ def parse(arguments: Sequence[str]) -> Request:
     request.verb, request.positional = words[0], words[1:]
     if request.verb not in VERBS:
         raise UserError("Unknown verb", given=request.verb, allowed=VERBS, fix="python train.py --help")
-    if request.positional and request.verb != "new":
+    if request.positional and request.verb not in ("new", "export"):
         near = closest(request.positional[0], VERBS)
         raise UserError(
             f"{request.verb} takes no further words",

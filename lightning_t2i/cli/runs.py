@@ -23,7 +23,7 @@ from lightning_t2i import __version__
 from lightning_t2i.cli.configs import flatten
 from lightning_t2i.errors import UserError
 from lightning_t2i.paths import ROOT
-from lightning_t2i.state_io import newest, write_atomically
+from lightning_t2i.state_io import MARKER, newest, write_atomically
 
 # What may change between two starts of one run: where it runs, how it is watched, and how long it goes on.
 FREE = (
@@ -34,14 +34,11 @@ FREE = (
     "eval*",
     "data.init_args.workers",
     "model.init_args.common.log_every",
-    *(
-        f"trainer.{name}"
-        for name in (
-            "accelerator devices num_nodes strategy* plugins* logger* callbacks* default_root_dir profiler* max_steps "
-            "max_time* enable_* log_every_n_steps val_check_interval check_val_every_n_epoch limit_val_batches "
-            "limit_test_batches limit_predict_batches num_sanity_val_steps detect_anomaly model_registry"
-        ).split()
-    ),
+    *(f"trainer.{name}" for name in ("accelerator", "devices", "num_nodes", "strategy*", "plugins*", "logger*")),
+    *(f"trainer.{name}" for name in ("default_root_dir", "profiler*", "max_steps", "max_time*", "enable_*")),
+    *(f"trainer.{name}" for name in ("log_every_n_steps", "val_check_interval", "check_val_every_n_epoch")),
+    *(f"trainer.{name}" for name in ("limit_val_batches", "limit_test_batches", "limit_predict_batches")),
+    *(f"trainer.{name}" for name in ("num_sanity_val_steps", "detect_anomaly", "model_registry")),
 )
 HANDED_DOWN = "LIGHTNING_T2I_RESUME"  # rank 0's decision, for the processes that it launches
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "numpy", "jsonargparse", "wandb", "peft", "bitsandbytes")
@@ -57,7 +54,7 @@ class Run:
     @property
     def step(self) -> int:
         """Training steps done at the resume point."""
-        return int(json.loads((self.resume / "complete.json").read_text())["step"]) if self.resume else 0
+        return int(json.loads((self.resume / MARKER).read_text())["step"]) if self.resume else 0
 
 
 def runs_root() -> Path:
@@ -227,7 +224,7 @@ def git_state() -> dict[str, Any]:
             done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=20)
         except (OSError, subprocess.TimeoutExpired):
             return None
-        return done.stdout.strip() if done.returncode == 0 else None
+        return done.stdout.rstrip() if done.returncode == 0 else None
 
     commit = git("rev-parse", "HEAD")
     return (

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import logging
 import warnings
-from argparse import ArgumentError
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from callbacks.eval_metrics import EvalMetrics, EvalOptions
 from callbacks.sample_grid import SampleGrid, SampleOptions
 from callbacks.throughput import Throughput, ThroughputOptions
 from lightning_t2i.cli.checks import semantic
-from lightning_t2i.cli.configs import Merged
-from lightning_t2i.cli.errors import Mistakes, parse_all
+from lightning_t2i.cli.configs import Merged, flatten
+from lightning_t2i.cli.errors import Mistakes, locate, parse_all
 from lightning_t2i.cli.progress import Progress
 from lightning_t2i.errors import UserError
 from lightning_t2i.loggers import TrackingOptions
@@ -35,7 +34,7 @@ STANDARD: dict[str, tuple[type, Callable[[Path, Any], L.Callback]]] = {
     "throughput": (ThroughputOptions, lambda folder, options: Throughput(options)),
     "samples": (SampleOptions, lambda folder, options: SampleGrid(options)),
     "eval": (EvalOptions, lambda folder, options: EvalMetrics(options)),
-    "checkpoints": (CheckpointOptions, Checkpoints),
+    "checkpoints": (CheckpointOptions, lambda folder, options: Checkpoints(folder / "checkpoints", options)),
 }
 SECTIONS = {"tracking": TrackingOptions} | {key: options for key, (options, _) in STANDARD.items()}
 # Values that the data and the method must agree on: the method's counts.
@@ -61,14 +60,17 @@ HARMLESS = (
 
 
 class Session(LightningCLI):
-    """One parser for all verbs; `method`, `data` and `trainer` exist after `build`."""
+    """One parser for all verbs; `method` and `data` exist after `construct`, `trainer` after `build`."""
+
+    config: Any  # jsonargparse's Namespace
 
     def __init__(self) -> None:
+        self.refused: list[UserError] = []
+        self.diagnosing = False
         super().__init__(
             MethodModule,
             L.LightningDataModule,
             save_config_callback=None,  # the run folder's config.yaml is written before anything is built
-            trainer_defaults=dict(TRAINER_DEFAULTS),
             seed_everything_default=False,
             parser_kwargs={"exit_on_error": False, "prog": "train.py", "description": None},
             subclass_mode_model=True,
@@ -82,15 +84,22 @@ class Session(LightningCLI):
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """No seed_everything: the method's `common.seed` seeds everything."""
 
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """As the parent's, but nothing is required: `semantic` misses a section together with all other mistakes."""
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
+        parser.add_lightning_class_args(MethodModule, "model", subclass_mode=True, required=False)
+        parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True, required=False)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name, options in SECTIONS.items():
-            parser.add_argument(f"--{name}", type=options, default=options())
+            parser.add_class_arguments(options, name)
         for name in LINKS:
             parser.link_arguments(f"model.init_args.common.{name}", f"data.init_args.{name}")
 
     # The parent parses, seeds and builds in its constructor; here these are steps that a verb takes in turn.
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = argparse.Namespace()
+        self.config = None
 
     def _parse_ckpt_path(self) -> None: ...
 
@@ -118,52 +127,73 @@ class Session(LightningCLI):
 
     def resolved(self) -> dict[str, Any]:
         """The parsed config as plain values, without the linked ones, as `fit --config` reads it."""
-        return yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"\s*Unable to serialize instance")
+            return _without_unnamed(yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml")))
+
+    def _instantiate(self, kind: type, *args: Any, **kwargs: Any) -> Any:
+        """Builds an object for the parser, which would try past a UserError; notes it, and while diagnosing goes on."""
+        try:
+            return kind(*args, **kwargs)
+        except UserError as error:
+            self.refused.append(error)
+            if not self.diagnosing:
+                raise
+        stand_in: Any = object.__new__(kind)
+        for name, value in kwargs.items():
+            object.__setattr__(stand_in, name, value)
+        return stand_in
 
     def _constructor_errors(self) -> list[UserError]:
         """What the constructors refuse, section by section; no network is built there."""
-        found = []
-        for key in ("model", "data", *SECTIONS):
-            if key in self.config:
-                only = self.config.clone()
-                for other in [k for k in vars(only) if k != key]:
-                    del only[other]
-                try:
-                    self.parser.instantiate_classes(only)
-                except UserError as error:
-                    found.append(error)
-                except (TypeError, ValueError, KeyError, ArgumentError):
-                    continue  # follows from a value that was dropped
-        return found
+        self.refused, self.diagnosing = [], True
+        for key in vars(self.config):
+            only = self.config.clone()
+            for other in [k for k in vars(only) if k != key]:
+                del only[other]
+            with contextlib.suppress(TypeError, ValueError, KeyError, AttributeError):  # follow from what was refused
+                self._instantiated(only)
+        self.diagnosing = False
+        values = flatten(self.resolved())
+        return [locate(error, values) for error in self.refused]
 
-    def build(self, folder: Path, loggers: list[Any], callbacks: list[L.Callback]) -> None:
-        """Instantiates the method, the data module and the Trainer.
+    def _instantiated(self, config: Any) -> Any:
+        return self.parser.instantiate(config, instantiators=[(self._instantiate, object, True)])
+
+    def construct(self) -> None:
+        """Instantiates the method, the data module and the options; they build no network yet.
 
         Raises:
             Mistakes: constructors refused their values.
         """
         try:
-            built = self.config_init = self.parser.instantiate_classes(self.config)
-        except UserError as error:
-            raise Mistakes(self._constructor_errors() or [error]) from error
+            built = self.config_init = self._instantiated(self.config)
+        except (ValueError, TypeError) as error:
+            if self.refused:
+                raise Mistakes(self._constructor_errors()) from error
+            given = str(error).split("Given value")[0].strip()
+            raise UserError("A constructor fails", given=given, fix="--debug shows where") from error
         self.method, self.data = built.model, built.data
-        self.trainer = self._trainer(folder, loggers, callbacks)
 
-    def _trainer(self, folder: Path, loggers: list[Any], callbacks: list[L.Callback]) -> L.Trainer:
+    def build(self, folder: Path, loggers: list[Any], callbacks: list[L.Callback]) -> L.Trainer:
+        """The Trainer with the standard callbacks, those of the verb, and the user's.
+
+        Raises:
+            UserError: Lightning refuses an option, or there are several processes without FSDP2.
+        """
         given = self.config_init.trainer
-        for key, (_, make) in STANDARD.items():
-            options = self.config_init[key]
-            if getattr(options, "enabled", True):
-                callbacks = [*callbacks, make(folder, options)]
+        standard = [(make, self.config_init[key]) for key, (_, make) in STANDARD.items()]
+        enabled = [(make, options) for make, options in standard if getattr(options, "enabled", True)]
+        callbacks = [*(make(folder, options) for make, options in enabled), *callbacks]
         if given.enable_progress_bar is not False:
-            callbacks = [Progress(), *callbacks]
+            callbacks = [*callbacks, Progress()]
         plugins = list(given.plugins) if isinstance(given.plugins, list) else [given.plugins] if given.plugins else []
         if SLURMEnvironment.detect():
             plugins.append(SLURMEnvironment(auto_requeue=False))  # Lightning's handler saves in the middle of a step
         if not isinstance(given.strategy, FSDP2):
             plugins.append(AtomicCheckpointIO())
         try:
-            trainer = self.instantiate_trainer(
+            trainer = self.trainer = self.instantiate_trainer(
                 logger=loggers or False,
                 callbacks=[*callbacks, *(given.callbacks or [])],
                 default_root_dir=str(folder),
@@ -181,9 +211,17 @@ class Session(LightningCLI):
         return trainer
 
 
+def _without_unnamed(config: Any) -> Any:
+    """Leaves out defaults that have no name to write, such as a lambda: they are the defaults again when read."""
+    if isinstance(config, dict):
+        return {k: _without_unnamed(v) for k, v in config.items() if not str(v).startswith("Unable to serialize")}
+    return [_without_unnamed(v) for v in config] if isinstance(config, list) else config
+
+
 def quiet(debug: bool = False) -> None:
     """Hides what the libraries say of our deliberate choices; the banner tells the rest."""
     for message in HARMLESS:
         warnings.filterwarnings("ignore", message=message)
     if not debug:
-        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.WARNING)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 from pathlib import Path
@@ -13,6 +14,7 @@ from lightning_t2i.cli import runs
 from lightning_t2i.cli.banner import banner
 from lightning_t2i.cli.configs import merge, show
 from lightning_t2i.cli.main import Request, usage
+from lightning_t2i.cli.predictions import Predictions
 from lightning_t2i.cli.record import Record
 from lightning_t2i.cli.session import Session, quiet
 from lightning_t2i.errors import UserError, closest
@@ -31,20 +33,91 @@ def opened(request: Request) -> tuple[Session, dict[str, Any]] | None:
     """
     quiet(request.debug)
     session = Session()
+    if request.help == ["--help"]:
+        print(f"{usage()}\n\nkeys of the config\n\n{session.parser.format_help()}")
+        return None
     if request.help:
-        if request.help != ["--help"]:
-            session.parser.parse_args(request.help)  # prints and exits
-        main_help = f"{usage()}\n\nkeys of the config\n"
-        raise SystemExit(session.parser.print_help() or main_help) if False else _help(session, main_help)
-    configs = request.configs
-    if not configs and request.run is not None:
-        configs = [runs.runs_root() / runs.run_name(request.run, []) / "config.yaml"]
-        if not configs[0].is_file():
-            _no_such_run(request.run)
-    if not configs and not request.overrides:
-        raise UserError("No config was named", where="--config", fix="python train.py list shows the configs")
+        with contextlib.suppress(SystemExit):  # the parser prints and leaves
+            session.parser.parse_args(request.help)
+        return None
+    configs = request.configs or _config_of_run(request)
     config = session.parse(merge(configs, request.overrides), request.verb)
     if request.print_config:
-        _write(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        print(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), end="")
         return None
+    session.construct()
     return session, config
+
+
+def _config_of_run(request: Request) -> list[Path]:
+    if request.run is None:
+        raise UserError("No config was named", where="--config", fix="python train.py list shows the configs")
+    file = runs.runs_root() / runs.run_name(request.run, []) / "config.yaml"
+    if not file.is_file():
+        known = [p.parent.name for p in runs.runs_root().glob("*/config.yaml")]
+        near = closest(request.run, known)
+        fix = f"--run {near}" if near else "--config FILE starts a new run"
+        raise UserError("There is no such run", where="--run", given=request.run, fix=fix)
+    return [file]
+
+
+def fit(request: Request) -> int:
+    """Trains; goes on from the newest checkpoint when the run folder holds the same training."""
+    if (found := opened(request)) is None:
+        return 0
+    session, config = found
+    if request.ckpt_path is not None:
+        where, fix = "--ckpt_path", "--run NAME"
+        raise UserError("fit resumes from its own run folder", where=where, given=request.ckpt_path, fix=fix)
+    rehearsal = bool(config["trainer"]["fast_dev_run"])  # touches no run
+    folder = Path(tempfile.mkdtemp()) if rehearsal else runs.runs_root() / runs.run_name(request.run, request.configs)
+    trainer = session.build(folder, [], [Record(folder, runs.config_hash(config))])
+    run = runs.begin(folder, config, request.fresh)  # everything that can be refused before is built by now
+    tracking = session.config_init.tracking
+    if not rehearsal:
+        trainer.loggers = build_loggers(folder, tracking, config, run.step, Clock(trainer))
+    if trainer.is_global_zero:
+        print(banner(session, run, tracking), flush=True)
+    trainer.fit(session.method, session.data, ckpt_path=run.resume and str(run.resume), weights_only=True)
+    if trainer.is_global_zero and not rehearsal:
+        if 0 < trainer.max_steps <= trainer.global_step:
+            write_atomically(folder / "finished", json.dumps({"step": trainer.global_step}).encode())
+        report = write_report(folder, session.method)
+        for grid in sorted((folder / "samples").glob("*.png"))[-1:]:
+            print(f"samples: {show(grid.resolve())}")
+        print(f"report:  {show(report.resolve())}")
+    return 0
+
+
+def _evaluate(request: Request) -> int:
+    if (found := opened(request)) is None:
+        return 0
+    session, _ = found
+    folder = runs.runs_root() / runs.run_name(request.run, request.configs)
+    checkpoint = request.ckpt_path or newest(folder / "checkpoints")
+    if checkpoint is None and request.run is not None:
+        raise UserError("The run has no complete checkpoint", where="--run", given=request.run, fix="fit it first")
+    predicts = request.verb == "predict"
+    trainer = session.build(folder, [], [Predictions(folder / "predictions")] if predicts else [])
+    trainer.loggers = [JsonlLogger(folder / f"{request.verb}.jsonl", clock=Clock(trainer))]
+    if trainer.is_global_zero:
+        print(banner(session, runs.Run(folder, checkpoint), TrackingOptions(wandb="off")), flush=True)
+    arguments: dict[str, Any] = {"return_predictions": False} if predicts else {}
+    arguments |= {"ckpt_path": checkpoint and str(checkpoint), "weights_only": True}
+    getattr(trainer, request.verb)(session.method, datamodule=session.data, **arguments)
+    return 0
+
+
+def validate(request: Request) -> int:
+    """Runs the validation loop and writes validate.jsonl."""
+    return _evaluate(request)
+
+
+def test(request: Request) -> int:
+    """Runs the test loop and writes test.jsonl."""
+    return _evaluate(request)
+
+
+def predict(request: Request) -> int:
+    """Generates for the prompts of `data.predict` into predictions/."""
+    return _evaluate(request)

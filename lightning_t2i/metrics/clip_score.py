@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, interpolate
 from torchmetrics import Metric
 
-from lightning_t2i.method import Embeds
+from lightning_t2i.protocols import Embeds
 
 
 class ClipScore(Metric):

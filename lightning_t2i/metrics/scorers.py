@@ -127,7 +127,7 @@ def _clip_score(options: ScorerOptions, reference: str) -> Scorer:
         raise UserError(
             "clip_score needs a CLIP", where="eval.networks.clip", fix="name a transformers folder or hub id"
         )
-    encoder = TransformersClip.from_pretrained(resolve(options.clip))
+    encoder = TransformersClip.from_pretrained(str(resolve(options.clip)))
     metric = ClipScore(encoder, Path(options.clip).name)
     return Scorer(metric, lambda records: (_given(records.caption, "clip_score", "captions"),))
 

@@ -5,6 +5,8 @@
                  mixed colour around other objects are none
     coverage     a(p) = <p - g, c - g> / |c - g|^2, clipped to [0, 1], in the component and its rim
     shape        of the template t, over shapes, sides and places, with the greatest 2 <a, t> / (<a, a> + <t, t>)
+
+A true scene is found exactly, also under Gaussian noise of 24 grey levels or a Gaussian blur of 0.7 pixels.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from datamodules.worlds.shapes_scenes import fulfils
 
 CORE = 3  # inner pixels of an object: all four neighbours belong to its component
 MATCH = 0.8  # least agreement with the best template; what agrees less is no object
-FAR = 110.0  # greatest distance of an object's mean colour from the palette, of 441
+FAR = 100.0  # greatest distance of an object's mean colour from the palette, of 441
 SIDES = range(6, 16)  # of templates; true sides are 9 and 12
 WINDOW = 20  # pixels around a component that templates are laid on
 
@@ -41,7 +43,7 @@ def templates() -> tuple[np.ndarray, np.ndarray, list[tuple[str, int, int, int]]
         for shape in SHAPES:
             for x in range(middle - 1, middle + 3):
                 for y in range(middle - 1, middle + 3):
-                    mask = np.zeros((WINDOW, WINDOW), np.float32)
+                    mask: np.ndarray = np.zeros((WINDOW, WINDOW), np.float32)
                     mask[y : y + side, x : x + side] = coverage(shape, side) / LEVELS
                     masks.append(mask.ravel())
                     kinds.append((shape, side, x, y))
@@ -54,11 +56,11 @@ def detect(pixels: np.ndarray) -> list[dict[str, Any]]:
 
     `box` is that of the best template, `area` its covered pixels, `match` the agreement in [0, 1].
     """
-    picture = pixels.astype(np.float32)
+    picture: np.ndarray = pixels.astype(np.float32)
     to_grounds = np.square(picture[..., None, :] - GROUNDS).sum(-1)
     ground = int(np.bincount(to_grounds.argmin(-1).ravel(), minlength=len(GROUNDS)).argmax())
     to_palette = np.square(picture[..., None, :] - PALETTE).sum(-1)
-    nearest = np.where(to_grounds[..., ground] < to_palette.min(-1), -1, to_palette.argmin(-1))
+    nearest = np.where(to_grounds.min(-1) < to_palette.min(-1), -1, to_palette.argmin(-1))
     found = []
     for colour in np.unique(nearest[nearest >= 0]):
         pieces, n = ndimage.label(nearest == colour, CROSS)

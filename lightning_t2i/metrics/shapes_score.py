@@ -4,6 +4,8 @@
     overall         mean of the task accuracies
     interval        bootstrap over prompts within each task: resampling n outcomes of which k are right gives
                     Binomial(n, k / n) right ones, so the counts are all that has to be kept
+
+One picture per prompt: several pictures of one prompt are no independent outcomes.
 """
 
 from __future__ import annotations
@@ -43,19 +45,31 @@ class ShapesScore(Metric):
     def __init__(self, resamples: int = 10_000, seed: int = 0, **kwargs: Any):
         super().__init__(**kwargs)
         self.resamples, self.seed = resamples, seed
+        self._n: int | None = None
         for name in ("right", "total"):
             self.add_state(name, torch.zeros(len(TASKS), 2, dtype=torch.int64), dist_reduce_fx="sum")
 
+    @property
+    def name(self) -> str:
+        """What a number of this metric is called: with the pictures behind it, on all ranks once computed."""
+        return f"shapes_score@n={int(self.total.sum()) if self._n is None else self._n}"
+
     def update(self, images: Tensor, scenes: Sequence[Mapping[str, Any]]) -> None:
         """Adds pictures [B, 3, 32, 32] in [-1, 1] with the scenes whose prompts they were made for."""
+        self._n = None
         tasks = torch.tensor([TASKS.index(scene["task"]) for scene in scenes], dtype=torch.int64)
         cells = 2 * tasks + torch.tensor([bool(scene["held_out"]) for scene in scenes], dtype=torch.int64)
         right = torch.from_numpy(satisfied(images, scenes))
         self.right += torch.bincount(cells[right], minlength=2 * len(TASKS)).view(-1, 2).to(self.right.device)
         self.total += torch.bincount(cells, minlength=2 * len(TASKS)).view(-1, 2).to(self.total.device)
 
+    def reset(self) -> None:
+        super().reset()
+        self._n = None
+
     def compute(self) -> dict[str, Tensor]:
         right, total = self.right.cpu().numpy(), self.total.cpu().numpy()
+        self._n = int(total.sum())
         seen = total.sum(1) > 0
         if not seen.any():
             raise UserError("The shapes score has seen no picture", fix="call update with pictures and their scenes")

@@ -151,7 +151,7 @@ class TextEncoder(nn.Module):
     @torch.no_grad()
     def _frozen_null(self) -> Encoded:
         """The encoded empty caption; encoded again when a parameter was moved, cast or written in place."""
-        key = [(p.device, p.dtype, p.data_ptr(), p._version) for p in self.parameters()]
+        key = [(id(p), p.device, p.dtype, p._version) for p in self.parameters()]
         if self._null is None or self._null[0] != key:
             trim, self.trim = self.trim, False
             parts = self.encode(self.tokenize([""]))

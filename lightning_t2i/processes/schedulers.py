@@ -91,7 +91,7 @@ def to_scheduler(process: Process, prediction: str, sigma_data: float = 0.5) -> 
             timestep_spacing="trailing",
             set_alpha_to_one=True,
             clip_sample=False,
-            steps_offset=0,
+            steps_offset=1,  # unused by trailing spacing; StableDiffusionPipeline warns about any other value
         )
     if isinstance(process, RectifiedFlow) and prediction == "velocity":
         from diffusers import FlowMatchEulerDiscreteScheduler

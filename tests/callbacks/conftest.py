@@ -22,10 +22,10 @@ PROMPTS = ["red", "green dot", "two blue squares", "a yellow sky"]
 
 
 class Brush(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, dropout: float) -> None:
         super().__init__()
         self.linear = nn.Linear(4, 4)
-        self.dropout = nn.Dropout(0.5)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.linear(x))
@@ -34,13 +34,14 @@ class Brush(nn.Module):
 class Painter(MethodModule):
     """Pictures of one grey level, the label's, with keyed noise."""
 
-    def __init__(self, common: MethodOptions | None = None, every: int = 1) -> None:
+    def __init__(self, common: MethodOptions | None = None, every: int = 1, dropout: float = 0.5) -> None:
         super().__init__(common)
+        self.dropout = dropout
         self.options = GroupOptions(lambda p: torch.optim.SGD(p, lr=0.1), every=every)
         self.sampled: list[tuple[int, list[int]]] = []
 
     def configure_model(self) -> None:
-        self.add_group("brush", Brush(), self.options)
+        self.add_group("brush", Brush(self.dropout), self.options)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         if self.due("brush"):
@@ -93,9 +94,10 @@ class Easel(L.LightningDataModule):
 
         return torch.utils.data.DataLoader(Endless(), batch_size=None)
 
-    def val_dataloader(self) -> list:
+    def val_dataloader(self) -> Any:
         edges = range(0, self.n, self.batch_size)
-        return [{"main": self.share(a, min(a + self.batch_size, self.n))} for a in edges]
+        batches = [{"main": self.share(a, min(a + self.batch_size, self.n))} for a in edges]
+        return torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)  # type: ignore[arg-type]
 
     test_dataloader = val_dataloader
 

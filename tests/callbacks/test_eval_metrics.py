@@ -212,7 +212,7 @@ def evaluated_by_a_rank(rank: int, folder: str) -> dict[str, float]:
     world = torch.distributed.get_world_size()
     strategy = FSDP2(1, world) if world > 1 else "auto"
     trainer = helper.Studio(Path(folder)).trainer(callback, steps=2, strategy=strategy, devices=world)
-    trainer.fit(helper.Painter(), helper.Easel())
+    trainer.fit(helper.Painter(dropout=0.0), helper.Easel())
     return {k: v for k, v in callback.results.items() if k != "eval/seconds"}
 
 

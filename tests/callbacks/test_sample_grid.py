@@ -21,7 +21,12 @@ def test_powers_of_two_then_multiples() -> None:
 
 
 def grids(folder: Path) -> dict[int, Image.Image]:
-    return {int(f.stem.split("-")[1]): Image.open(f) for f in sorted((folder / "samples").glob("*.png"))}
+    found = {}
+    for file in sorted((folder / "samples").glob("*.png")):
+        with Image.open(file) as image:
+            image.load()
+            found[int(file.stem.split("-")[1])] = image
+    return found
 
 
 def test_grids_are_written_and_logged_at_their_steps_and_at_the_end(studio) -> None:

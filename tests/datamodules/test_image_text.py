@@ -1,5 +1,6 @@
 """Pictures and captions: read at the right place, chosen by position, replaced when bad."""
 
+import io
 import os
 import pickle
 from pathlib import Path
@@ -142,6 +143,7 @@ def test_a_bad_sample_is_replaced_by_the_next_of_its_block(make_data_set, caplog
     stand_in = {5: 6, 9: 0, 31: 32}  # 9 is the last of its block, the block starts at 0
     assert records.label.tolist() == [stand_in.get(row, row) for row in rows]
     assert torch.equal(records.image, reference[records.label])
+    assert records.id.tolist() == [sample_id("broken", "train", f"k{i:04d}") for i in records.label.tolist()]
     assert records.position.tolist() == list(range(50))
     stream.report(stream.take_fresh())
     assert sorted(stream.bad) == ["train-000000.tar:k0005", "train-000000.tar:k0009", "train-000001.tar:k0031"]
@@ -197,3 +199,25 @@ def test_user_errors_name_what_is_wrong(make_data_set, tmp_path):
     Path(sorted(folder.glob("train-*.tar"))[1]).unlink()
     with pytest.raises(UserError, match="train-000001"):
         begun(ImageText(str(folder)))
+
+
+def test_a_large_jpeg_is_decoded_small_and_hardly_differs(make_data_set):
+    stream = begun(ImageText(str(make_data_set(n=1)), size=32))
+    coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    file = io.BytesIO()
+    coarse.resize((320, 240), Image.Resampling.BICUBIC).save(file, "jpeg", quality=95)
+    stream.shards._read = lambda *_: file.getvalue()
+    whole, half = stream.shards.picture(0), stream.shards.picture(0, 32)
+    assert whole.size == (320, 240)
+    assert half.size == (160, 120)
+    assert stream.shards.picture(0, 64).size == whole.size  # 240 is less than four times 64
+    difference = square(whole, 32).astype(int) - square(half, 32)
+    assert np.abs(difference).max() <= 8
+    assert np.abs(difference).mean() < 1
+
+
+def test_resizing_agrees_with_pillow():
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    for size in (20, 90):
+        theirs = np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)).astype(int)
+        assert np.abs(square(Image.fromarray(pixels), size) - theirs).max() <= 2

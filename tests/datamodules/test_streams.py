@@ -216,8 +216,8 @@ def trainer(folder, **options) -> L.Trainer:
     return L.Trainer(
         accelerator="cpu",
         max_epochs=1,
-        val_check_interval=None,
-        limit_val_batches=0,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -231,10 +231,12 @@ def trainer(folder, **options) -> L.Trainer:
 def test_a_trainer_resumes_with_the_same_ids(make_data_set, tmp_path, workers):
     folder = make_data_set()
     saved = str(tmp_path / "run.ckpt")
+    val = pictures(folder, limit=10)
     whole = Recorder(12, (7, saved))
-    trainer(tmp_path).fit(whole, datamodule=Streams(pictures(folder), workers=workers))
+    trainer(tmp_path, val_check_interval=5).fit(whole, datamodule=Streams(pictures(folder), val=val, workers=workers))
     second = Recorder(12)
-    trainer(tmp_path).fit(second, datamodule=Streams(pictures(folder), workers=workers), ckpt_path=saved)
+    data = Streams(pictures(folder), val=val, workers=workers)
+    trainer(tmp_path, val_check_interval=5).fit(second, datamodule=data, ckpt_path=saved)
     assert len(whole.seen) == 12 * 6
     assert second.seen == whole.seen[7 * 6 :]
 
@@ -248,18 +250,7 @@ def test_a_trainer_validates_tests_and_predicts(make_data_set, tmp_path):
         predict=Prompts(str(folder), split="test", batch_size=6),
     )
     module = Recorder(4)
-    run = L.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        val_check_interval=2,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
+    run = trainer(tmp_path, val_check_interval=2)
     run.fit(module, datamodule=data)
     assert module.passes["val"] == [*range(20), *range(20)]
     run.test(module, datamodule=data, verbose=False)
@@ -269,8 +260,10 @@ def test_a_trainer_validates_tests_and_predicts(make_data_set, tmp_path):
 
 def test_a_trainer_without_validation_data_skips_it(make_data_set, tmp_path):
     module = Recorder(3)
-    trainer(tmp_path).fit(module, datamodule=Streams(pictures(make_data_set())))
+    with pytest.warns(UserWarning, match="have no `val_dataloader`. Skipping"):
+        trainer(tmp_path, val_check_interval=2).fit(module, datamodule=Streams(pictures(make_data_set())))
     assert len(module.seen) == 18
+    assert module.passes["val"] == []
 
 
 def test_records_move_to_the_device_of_the_run(make_data_set):
@@ -284,20 +277,7 @@ def test_records_move_to_the_device_of_the_run(make_data_set):
 def run_rank(rank: int, folder: str) -> dict[str, list[int]]:
     module = Recorder(4)
     data = Streams(pictures(folder), val=pictures(folder, batch_size=8))
-    run = L.Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy="ddp",
-        max_epochs=1,
-        val_check_interval=4,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-    )
+    run = trainer(folder, devices=2, strategy="ddp", val_check_interval=4)
     run.fit(module, datamodule=data)
     return {"seen": module.seen, "val": module.passes["val"]}
 

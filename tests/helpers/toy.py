@@ -140,9 +140,9 @@ class Trace(L.Callback):
         self.file, self.kill_step, self.kill_in_save = file, kill_step, kill_in_save
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if self.kill_step is not None and module.counters.step == self.kill_step and not self.kill_in_save:
-            if module.counters.micro == module.common.accumulate - 1:
-                os.kill(os.getpid(), signal.SIGKILL)
+        last = module.counters.micro == module.common.accumulate - 1
+        if last and module.counters.step == self.kill_step and not self.kill_in_save:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if self.file is not None:

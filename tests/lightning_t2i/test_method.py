@@ -7,13 +7,14 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from toy import Toy, ToyData, adam, trainer_for
 from torch import nn
 from torch.utils.data import DataLoader
+from toy import Toy, ToyData, adam, trainer_for
 
 from lightning_t2i.errors import UserError
 from lightning_t2i.frozen import weights_hash
-from lightning_t2i.method import MethodModule, NonFiniteError
+from lightning_t2i.guards import NonFiniteError
+from lightning_t2i.method import MethodModule
 from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions
 from lightning_t2i.schedules import Warmup
 from lightning_t2i.state_io import AtomicCheckpointIO

@@ -49,9 +49,7 @@ def compare(interrupted: Path, uninterrupted: Path) -> None:
         assert differences(a[key], b[key]) == []
     for trace in uninterrupted.glob("trace-*.jsonl"):
         lines = {tuple(x[:2]): x[2] for x in map(json.loads, trace.read_text().splitlines())}
-        again = {
-            tuple(x[:2]): x[2] for x in map(json.loads, (interrupted / trace.name).read_text().splitlines())
-        }
+        again = {tuple(x[:2]): x[2] for x in map(json.loads, (interrupted / trace.name).read_text().splitlines())}
         assert again == lines  # the ids of every micro-batch, those repeated after the kill included
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from lightning_t2i.batch import Records
 from lightning_t2i.metrics.clip_score import ClipScore, TransformersClip
+from lightning_t2i.metrics.scorers import ScorerOptions, build_scorer
 
 
 class Angles:
@@ -120,3 +124,37 @@ def test_pictures_are_resized_and_cropped_as_pillow_does(small_clip: nn.Module, 
     clip = TransformersClip(small_clip, tokenize, 16, mean=(0.0,) * 3, std=(1.0,) * 3)
     prepared = clip.prepare(pixels[None] / 127.5 - 1)[0]
     assert prepared.shape == (3, 16, 16) and torch.allclose(prepared, expected, atol=1.5 / 255)
+
+
+@pytest.fixture
+def clip_folder(small_clip: nn.Module, tmp_path: Path) -> Path:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    small_clip.save_pretrained(tmp_path / "clip")
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<bos>": 1, "<eos>": 2, "red": 3, "dot": 4}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    marks = [("<bos>", 1), ("<eos>", 2)]
+    words.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=marks)
+    names = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<eos>"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(tmp_path / "clip")
+    facts = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3], "size": {"shortest_edge": 16}}
+    (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(facts))
+    return tmp_path / "clip"
+
+
+def test_folder_gives_network_tokenizer_and_picture_facts(small_clip: nn.Module, clip_folder: Path) -> None:
+    clip = TransformersClip.from_pretrained(clip_folder)
+    assert clip.size == 16 and clip.mean.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
+    ids = torch.tensor([[1, 3, 4, 2, 2, 2, 2, 2]])
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0, 0, 0]])
+    expected = small_clip.get_text_features(input_ids=ids, attention_mask=mask)
+    expected = nn.functional.normalize(getattr(expected, "pooler_output", expected), dim=-1)
+    assert torch.allclose(clip.encode_text(["red dot"]), expected, atol=1e-5)
+
+
+def test_clip_score_is_built_by_name(clip_folder: Path) -> None:
+    scorer = build_scorer("clip_score", ScorerOptions(clip=str(clip_folder)), "val")
+    records = Records(id=torch.arange(2), position=torch.arange(2), caption=["red dot", "dot"])
+    scorer.add(torch.rand(2, 3, 16, 16) * 2 - 1, records)
+    assert list(scorer.results()) == ["clip_score@n=2,model=clip"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
 import diffusers
 import pytest
@@ -161,7 +160,7 @@ def test_the_minimal_denoising_loss_is_reached(process):
 def test_configs_and_copies_are_equal(process):
     again = Process.from_config(process.to_config())
     assert again == process and hash(again) == hash(process)
-    assert copy.deepcopy(process) == process and pickle.loads(pickle.dumps(process)) == process
+    assert copy.deepcopy(process) == process
     assert again != RectifiedFlow(shift=1.5)
     t = inner_times(process)
     assert torch.equal(torch.stack(again.alpha_sigma(t)), torch.stack(process.alpha_sigma(t)))

@@ -1,0 +1,46 @@
+"""export: a trained run to the stock folder of its method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning_t2i.cli import runs
+from lightning_t2i.cli.main import Request
+from lightning_t2i.cli.verbs import opened
+from lightning_t2i.errors import UserError
+from lightning_t2i.protocols import Exports
+from lightning_t2i.state_io import AtomicCheckpointIO, newest
+
+
+def export(request: Request) -> int:
+    """Writes `train.py export OUT --run NAME [--ckpt_path FOLDER]`: the averaged weights of a checkpoint.
+
+    Raises:
+        UserError: no folder named, it exists, no checkpoint, or a method without an export.
+    """
+    if len(request.positional) != 1:
+        raise UserError("export takes one folder", given=request.positional, fix="train.py export OUT --run NAME")
+    out = Path(request.positional[0])
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError("The export folder exists", where="OUT", given=out, fix="name a new folder or remove it")
+    if (found := opened(request)) is None:
+        return 0
+    session, _ = found
+    folder = runs.runs_root() / runs.run_name(request.run, request.configs)
+    checkpoint = request.ckpt_path or newest(folder / "checkpoints")
+    if checkpoint is None:
+        raise UserError("The run has no complete checkpoint", where="--run", given=folder, fix="fit it first")
+    state = AtomicCheckpointIO().load_checkpoint(checkpoint)
+    session.build(folder, [], [])
+    method, data, name = session.method, session.data, type(session.method).__name__
+    method.configure_model()
+    method.on_load_checkpoint(state)
+    method.load_state_dict(state["state_dict"])
+    method.eval()
+    if not isinstance(method, Exports):
+        raise UserError("This method has nothing to export", where="model.class_path", given=name)
+    data.prepare_data()
+    data.setup("validate")
+    method.export(out, data.val_dataloader())
+    print(f"exported {checkpoint} to {out}")
+    return 0

@@ -1,0 +1,45 @@
+"""What `predict` writes: a picture per prompt, and which prompt it belongs to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from lightning_t2i.batch import Batch
+from lightning_t2i.errors import UserError
+from lightning_t2i.pictures import save_png, to_images
+from lightning_t2i.protocols import Generates
+
+
+class Predictions(L.Callback):
+    """Writes `POSITION.png` and, per rank, `prompts-RANK.jsonl` with {"file", "prompt"} lines.
+
+    Args:
+        folder: where to write; files of the same names are replaced.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if not isinstance(pl_module, Generates):
+            raise UserError("predict needs a method that makes pictures", where="model", given=type(pl_module).__name__)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._prompts(trainer).unlink(missing_ok=True)
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        main = batch["main"]
+        with self._prompts(trainer).open("a", encoding="utf-8") as stream:
+            rows = zip(main.position.tolist(), main.caption or [], to_images(outputs), strict=True)
+            for position, prompt, image in rows:
+                file = self.folder / f"{position:06d}.png"
+                save_png(image, file, prompt=prompt)
+                stream.write(json.dumps({"file": file.name, "prompt": prompt}, ensure_ascii=False) + "\n")
+
+    def _prompts(self, trainer: L.Trainer) -> Path:
+        return self.folder / f"prompts-{trainer.global_rank}.jsonl"

@@ -1,0 +1,74 @@
+"""What a run costs, kept in its checkpoints so that it adds up over kills and resumes."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from lightning_t2i.state_io import write_atomically
+
+UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, bytes
+
+
+class Record(L.Callback):
+    """Wall time, samples and peak memory of a training; writes `cost.json` when it ends or is interrupted.
+
+    Args:
+        folder: run folder.
+        config_hash: of the run's config; checkpoints carry it and the run's W&B id.
+    """
+
+    def __init__(self, folder: Path, config_hash: str):
+        self.folder, self.config_hash = folder, config_hash
+        self._before, self._start, self._peak = 0.0, time.monotonic(), 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._start = time.monotonic()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training up to here, lost work not counted."""
+        return self._before + time.monotonic() - self._start
+
+    def peak_memory(self) -> int:
+        """Bytes: of the device on a GPU, of the process else."""
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            return max(self._peak, torch.cuda.max_memory_allocated())
+        return max(self._peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT)
+
+    def state_dict(self) -> dict[str, Any]:
+        file = self.folder / "wandb_id"
+        return {
+            "seconds": self.seconds,
+            "peak_memory": self.peak_memory(),
+            "config_hash": self.config_hash,
+            "wandb_id": file.read_text().strip() if file.is_file() else "",
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._before, self._peak = state_dict["seconds"], state_dict["peak_memory"]
+        if state_dict["wandb_id"] and not (self.folder / "wandb_id").exists():
+            write_atomically(self.folder / "wandb_id", state_dict["wandb_id"].encode())
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            self._write(trainer, pl_module)
+
+    def _write(self, trainer: L.Trainer, module: Any) -> None:
+        cost = {
+            "seconds": round(self.seconds, 1),
+            "steps": module.counters.step,
+            "samples": module.counters.samples,
+            "processes": trainer.world_size,
+            "peak_memory_bytes": self.peak_memory(),
+        }
+        write_atomically(self.folder / "cost.json", json.dumps(cost, indent=1).encode())

@@ -1,0 +1,57 @@
+"""The guard before every update: losses and gradient norms must be finite."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning_t2i.method import MethodModule
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient norm is not finite; raised before any weight of the step is touched."""
+
+
+def stop_unless_finite(
+    method: MethodModule, losses: list[tuple[str, Tensor]], norms: dict[str, Tensor], seen: list[dict[str, list[int]]]
+) -> None:
+    """Stops all processes together when one of them has a loss or gradient norm that is not finite.
+
+    Args:
+        losses: (group, scalar) of each backward of the training step.
+        norms: gradient norm of each group that is due.
+        seen: sample ids of each micro-batch by stream, on this process.
+
+    Raises:
+        NonFiniteError: with step, losses, norms, ids, keys and the command that replays the step; the same is written
+            to the run folder.
+    """
+    values = [*(loss for _, loss in losses), *norms.values()]
+    finite = torch.stack([v.float().isfinite() for v in values]).all().float()
+    trainer, step, seed = method.trainer, method.counters.step, method.common.seed
+    if bool(trainer.strategy.reduce(finite, reduce_op="sum") > trainer.world_size - 0.5):
+        return
+    folder = Path(trainer.default_root_dir)
+    report = {
+        "step": step,
+        "seed": seed,
+        "rank": method.global_rank,
+        "losses": [(name, float(loss)) for name, loss in losses],
+        "gradient_norms": {name: float(norm) for name, norm in norms.items()},
+        "ids": seen,
+        "replay": f"python train.py fit --config {folder}/config.yaml --run replay --trainer.max_steps {step + 1}",
+    }
+    file = folder / f"non-finite-step-{step}-rank-{method.global_rank}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(report, indent=1))
+    raise NonFiniteError(
+        f"A loss or gradient norm is not finite at training step {step}; no weight was changed.\n"
+        f"  losses: {report['losses']}\n  gradient norms: {report['gradient_norms']}\n"
+        f"  sample ids: {seen}\n  keys: seed {seed}, step {step}\n"
+        f"  written: {file}\n  replay:  {report['replay']}"
+    )

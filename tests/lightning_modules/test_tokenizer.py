@@ -1,0 +1,100 @@
+"""Tokenizer: KL term in closed form, both kinds of autoencoder learn, latents come out with unit deviation."""
+
+import json
+import math
+
+import diffusers
+import pytest
+import torch
+from pictures import Pictures, fit, records
+from toy import adam
+
+from lightning_modules.tokenizer import Tokenizer, feature_loss, kl_loss, psnr, reconstruction_loss
+from lightning_t2i.networks.classifier import ClassifierConfig, ShapesClassifier
+from lightning_t2i.networks.codec import LatentCodec
+from lightning_t2i.options import EMAOptions, GroupOptions
+
+pytestmark = pytest.mark.filterwarnings("ignore:The .* does not have many workers")
+
+
+def architecture(folder, kind: str) -> str:
+    facts = {
+        "_class_name": kind,
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "block_out_channels": [8, 16],
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "mid_block_add_attention": False,
+    }
+    facts |= {"num_vq_embeddings": 16, "vq_embed_dim": 4} if kind == "VQModel" else {}
+    file = folder / f"{kind}.json"
+    file.write_text(json.dumps(facts))
+    return str(file)
+
+
+@pytest.fixture
+def options():
+    return GroupOptions(adam(1e-2), ema=EMAOptions(0.9))
+
+
+def test_kl_is_that_of_two_gaussians():
+    mean, std = torch.tensor([0.7, -1.2], dtype=torch.float64), torch.tensor([0.5, 2.0], dtype=torch.float64)
+    p, q = torch.distributions.Normal(mean, std), torch.distributions.Normal(0.0, 1.0)
+    expected = torch.distributions.kl_divergence(p, q).mean()
+    torch.testing.assert_close(kl_loss(mean, 2 * std.log()), expected)
+    assert float(kl_loss(torch.zeros(3), torch.zeros(3))) == 0
+
+
+def test_reconstruction_psnr_and_feature_loss_by_hand():
+    x, y = torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 0.5)
+    assert float(reconstruction_loss(x, y)) == pytest.approx(0.75)
+    assert float(psnr(x, y)) == pytest.approx(10 * math.log10(4 / 0.25), rel=1e-6)
+    assert float(feature_loss(torch.zeros(2, 5), torch.full((2, 5), 3.0))) == pytest.approx(9)
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "VQModel"])
+def test_both_kinds_learn_and_export_stock_folders(tmp_path, options, kind):
+    module = Tokenizer(architecture(tmp_path, kind), autoencoder=options)
+    module.configure_model()
+    x = records(0, 16).image
+    before = float(reconstruction_loss(x, module.reconstruct(x)))
+    fit(tmp_path, module, 40, Pictures(batch_size=8))
+    module.eval()
+    assert float(reconstruction_loss(x, module.reconstruct(x))) < 0.9 * before
+    module.export(tmp_path / "out", [{"main": records(0, 32)}])
+    stock = getattr(diffusers, kind).from_pretrained(tmp_path / "out")
+    codec = LatentCodec(stock.float().eval())
+    with torch.no_grad():
+        torch.testing.assert_close(codec.decode(codec.encode(x)), module.reconstruct(x), atol=0.02, rtol=0.02)
+        if kind == "AutoencoderKL":
+            assert float(codec.encode(records(0, 32).image).std()) == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("change", ["kl_weight", "perceptual", "perceptual_weight"])
+def test_each_option_changes_the_result(tmp_path, options, change):
+    ShapesClassifier(ClassifierConfig(widths=(8, 8, 8))).save_pretrained(tmp_path / "features")
+    phi = {"perceptual": str(tmp_path / "features")}
+    base, changed = {
+        "kl_weight": ({}, {"kl_weight": 1.0}),
+        "perceptual": ({}, phi),
+        "perceptual_weight": (phi, phi | {"perceptual_weight": 50.0}),
+    }[change]
+    states = []
+    for arguments in (base, changed):
+        module = Tokenizer(architecture(tmp_path, "AutoencoderKL"), autoencoder=options, **arguments)
+        fit(tmp_path, module, 2, Pictures(batch_size=2, side=32))
+        states.append(module.state_dict())
+    assert any(not torch.equal(states[0][n], t) for n, t in states[1].items())
+    assert not any("phi" in n for n in states[1])
+
+
+def test_pictures_of_every_stream_are_used(tmp_path, options):
+    module = Tokenizer(architecture(tmp_path, "AutoencoderKL"), autoencoder=options)
+    module.configure_model()
+    seen = []
+    module.autoencoder.register_forward_pre_hook(lambda *_: None)
+    original = module.gaussian_pass
+    module.gaussian_pass = lambda x, positions: (seen.append(len(x)), original(x, positions))[1]
+    type(module).training_step.__wrapped__(module, {"main": records(0, 2), "real": records(50, 3)}, 0)
+    assert seen == [5]

@@ -12,8 +12,8 @@ import lightning as L
 
 from callbacks.inference import data_name, log_metrics, records_of, undisturbed
 from lightning_t2i.errors import UserError
-from lightning_t2i.protocols import Generates
 from lightning_t2i.metrics.scorers import SCORERS, Scorer, ScorerOptions, build_scorer
+from lightning_t2i.protocols import Generates
 
 log = logging.getLogger(__name__)
 

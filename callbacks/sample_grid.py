@@ -14,8 +14,8 @@ from torch import Tensor
 from callbacks.inference import records_of, undisturbed
 from lightning_t2i.batch import Records
 from lightning_t2i.errors import UserError
+from lightning_t2i.pictures import draw_grid, save_png, to_pil
 from lightning_t2i.protocols import Generates, Reconstructs
-from lightning_t2i.pictures import draw_grid, save_png, to_images
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ class SampleGrid(L.Callback):
             prompts, real = self._fixed(trainer, current)
             columns: dict[str, list[Image.Image]] = {}
             if reconstructs and real is not None:
-                columns["real"] = to_images(real)
-                columns["reconstructed"] = to_images(module.reconstruct(real.to(module.device)))
+                columns["real"] = to_pil(real)
+                columns["reconstructed"] = to_pil(module.reconstruct(real.to(module.device)))
             if generates:
                 columns |= self._generate(module, prompts)
         if columns and trainer.is_global_zero:
@@ -110,7 +110,7 @@ class SampleGrid(L.Callback):
         columns = {}
         for j in range(k):  # a column at a time: as much memory as one batch of prompts
             positions = torch.arange(n, device=module.device) * k + j
-            columns[f"sample {j + 1}"] = to_images(module.sample(cond, keys, positions))
+            columns[f"sample {j + 1}"] = to_pil(module.sample(cond, keys, positions))
         return columns
 
     def _publish(self, trainer: L.Trainer, columns: dict[str, list[Image.Image]], prompts: list[str]) -> None:
@@ -121,4 +121,4 @@ class SampleGrid(L.Callback):
         save_png(grid, path, prompts="\n".join(prompts))
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):
-                logger.log_image("samples", [grid], step=self._last)
+                logger.log_image("grids", [grid], step=self._last)

@@ -181,7 +181,9 @@ class Diffusion(MethodModule):
         records = batch["main"]
         cond = self.text_of(records, averaged=True)
         loss = self.loss(records, self.generator_of("denoiser"), cond, self.keys.fork("validation"))
-        self.log("val/loss", loss, batch_size=len(records), sync_dist=True)
+        self.log(f"{'test' if self.trainer.testing else 'val'}/loss", loss, batch_size=len(records), sync_dist=True)
+
+    test_step = validation_step
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Cond:

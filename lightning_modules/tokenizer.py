@@ -51,6 +51,8 @@ class Tokenizer(MethodModule):
     Args:
         network: JSON file of the architecture (its `_class_name` decides which), or a pretrained folder.
         kl_weight: beta, weight of the KL term.
+        train_encoder: false keeps the latents as they are and improves the decoder alone, as models that were trained
+            on the latents need it.
         perceptual: folder of a frozen feature network, or null for none.
         perceptual_weight: lambda.
         autoencoder: how the autoencoder is updated.
@@ -61,19 +63,22 @@ class Tokenizer(MethodModule):
         self,
         network: str,
         kl_weight: float = 1e-6,
+        train_encoder: bool = True,
         perceptual: str | None = None,
         perceptual_weight: float = 1.0,
         autoencoder: GroupOptions | None = None,
         common: MethodOptions | None = None,
     ):
         super().__init__(common)
-        self.network, self.kl_weight = network, kl_weight
+        self.network, self.kl_weight, self.train_encoder = network, kl_weight, train_encoder
         self.perceptual, self.perceptual_weight = perceptual, perceptual_weight
         self.options = autoencoder or GroupOptions()
 
     def configure_model(self) -> None:
         autoencoder = build_network(self.network)
         self.discrete = hasattr(autoencoder, "quantize")
+        for part in () if self.train_encoder else (autoencoder.encoder, autoencoder.quant_conv):
+            part.requires_grad_(False)
         if self.perceptual is not None:
             folder = resolve(self.perceptual)
             self.add_frozen("phi", ShapesClassifier.from_pretrained(folder), folder_identity(folder))

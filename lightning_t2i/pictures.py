@@ -17,7 +17,7 @@ CHARACTER = 7  # width of a line's average character, pixels
 INK = (32, 32, 32)
 
 
-def to_images(images: Tensor) -> list[Image.Image]:
+def to_pil(images: Tensor) -> list[Image.Image]:
     """[B, 3, H, W] or [B, 1, H, W] in [-1, 1] (values outside are clipped) -> B pictures."""
     pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu().permute(0, 2, 3, 1)
     return [Image.fromarray(p) for p in np.ascontiguousarray(pixels.expand(-1, -1, -1, 3))]

@@ -80,7 +80,7 @@ def ranks(tmp_path: Path) -> Callable[..., list[Any]]:
         torch.save(arguments, folder / "arguments.pt")
         source = inspect.getsourcefile(function)
         command = [sys.executable, "-c", _RANK_PROGRAM, str(source), function.__name__, str(folder / "arguments.pt")]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])}
         logs = [(folder / f"log-{rank}.txt") for rank in range(world)]
         processes = []
         for rank, log in enumerate(logs):

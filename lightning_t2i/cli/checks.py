@@ -46,7 +46,7 @@ def semantic(merged: Merged, verb: str) -> Iterator[UserError]:
                 fix=instead,
             )
     strategy = trainer.get("strategy")
-    if isinstance(strategy, str) and strategy not in ("auto", "FSDP2", "lightning_t2i.strategies.FSDP2"):
+    if isinstance(strategy, str) and strategy != "auto":
         yield UserError(
             "Several processes run through one strategy, FSDP2",
             where=at("trainer.strategy"),

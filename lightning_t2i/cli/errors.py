@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import inspect
 import itertools
+import pkgutil
 import re
 from argparse import ArgumentError
 from collections.abc import Iterable, Mapping
@@ -128,6 +129,10 @@ def _inner(message: str, start: int) -> str:
 
 
 def _wrong_value(path: list[str], value: Any, message: str, merged: Merged) -> UserError:
+    problem = re.search(r"Problem with given class_path '([^']+)':\n\s*(.+)", message)
+    if problem:
+        where = _at([*path, "class_path"], merged)
+        return UserError(f"The class cannot be used: {problem[2]}", where=where, given=problem[1])
     types = re.findall(r"Expected an? (.+?)(?:\. Got value|$)", message, re.MULTILINE)
     literal = re.search(r"Literal\[(.*?)\]", " ".join(types))
     if literal:
@@ -136,8 +141,9 @@ def _wrong_value(path: list[str], value: Any, message: str, merged: Merged) -> U
         names = (re.sub(r"<class '(?:.*\.)?(\w+)'>", r"\1", t).replace("typing.", "") for t in types)
         allowed = " or ".join("null" if n == "NoneType" else n for n in names)
     else:
-        lines = [line.strip(" -") for line in message.splitlines() if "Errors:" not in line and "Given" not in line]
-        allowed = lines[-1][:300] if lines else None
+        lines = [line.strip(" -") for line in message.splitlines() if not re.search("Errors:|Given|Subtypes", line)]
+        reason = next((line for line in reversed(lines) if line), "no reason is told")
+        return UserError(f"A value is refused: {reason[:300]}", where=_at(path, merged), given=repr(value)[:200])
     return UserError("A value has the wrong type", where=_at(path, merged), given=repr(value), allowed=allowed)
 
 
@@ -169,25 +175,29 @@ def _unknown_key(
 
 
 def _unknown_class(path: list[str], value: Any, leaf: re.Match[str], merged: Merged) -> tuple[list[str], UserError]:
-    given = value.get("class_path") if isinstance(value, Mapping) else value
-    candidates: list[str] = []
-    if leaf["attribute"]:
-        module = importlib.import_module(leaf["module"])
-        candidates = [
-            f"{leaf['module']}.{n}" for n in dir(module) if inspect.isclass(getattr(module, n)) and n[0] != "_"
-        ]
+    given = str(value.get("class_path") if isinstance(value, Mapping) else value)
     if path == ["model"]:
         candidates = method_classes()
-    near = closest(given, candidates)
-    if leaf["subclass"]:
-        what = "The class is not of the kind that belongs here"
-    elif leaf["missing"]:
-        what = f"The class cannot be imported: there is no module {leaf['missing']}"
     else:
-        what = "There is no such class"
-    where = _at([*path, "class_path"], merged)
-    allowed = ", ".join(candidates) if 0 < len(candidates) <= 12 else None
-    return path, UserError(what, where=where, given=given, allowed=allowed, fix=f"class_path: {near}" if near else None)
+        package, _, last = (leaf["missing"] or f"{leaf['module']}.{leaf['attribute']}").rpartition(".")
+        candidates = [f"{package}.{name}" for name in _contents(package)]
+        near = closest(f"{package}.{last}", candidates)
+        candidates = [near + given[len(f"{package}.{last}") :]] if near else []
+    near = closest(given, candidates)
+    what = "The class is not of the kind that belongs here" if leaf["subclass"] else "There is no such class"
+    allowed = ", ".join(candidates) if 1 < len(candidates) <= 12 else None
+    fix = f"class_path: {near}" if near else None
+    return path, UserError(what, where=_at([*path, "class_path"], merged), given=given, allowed=allowed, fix=fix)
+
+
+def _contents(package: str) -> list[str]:
+    """Public classes and modules of a package or module; empty when it cannot be imported."""
+    try:
+        module = importlib.import_module(package)
+    except (ImportError, ValueError):
+        return []
+    classes = [name for name in dir(module) if inspect.isclass(getattr(module, name)) and name[0] != "_"]
+    return classes + [m.name for m in pkgutil.iter_modules(getattr(module, "__path__", []))]
 
 
 def locate(error: UserError, values: Mapping[str, Any]) -> UserError:

@@ -10,7 +10,7 @@ import lightning as L
 
 from lightning_t2i.batch import Batch
 from lightning_t2i.errors import UserError
-from lightning_t2i.pictures import save_png, to_images
+from lightning_t2i.pictures import save_png, to_pil
 from lightning_t2i.protocols import Generates
 
 
@@ -35,7 +35,7 @@ class Predictions(L.Callback):
     ) -> None:
         main = batch["main"]
         with self._prompts(trainer).open("a", encoding="utf-8") as stream:
-            rows = zip(main.position.tolist(), main.caption or [], to_images(outputs), strict=True)
+            rows = zip(main.position.tolist(), main.caption or [], to_pil(outputs), strict=True)
             for position, prompt, image in rows:
                 file = self.folder / f"{position:06d}.png"
                 save_png(image, file, prompt=prompt)

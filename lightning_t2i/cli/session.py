@@ -26,6 +26,7 @@ from lightning_t2i.cli.progress import Progress
 from lightning_t2i.errors import UserError
 from lightning_t2i.loggers import TrackingOptions
 from lightning_t2i.method import MethodModule
+from lightning_t2i.options import MethodOptions
 from lightning_t2i.state_io import AtomicCheckpointIO
 from lightning_t2i.strategies import FSDP2
 
@@ -55,7 +56,7 @@ HARMLESS = (
     r"The `srun` command is available on your system but is not used",
     r"The '\w+_dataloader' does not have many workers",
     r"You have overridden `transfer_batch_to_device` in `LightningModule` but",
-    r"`training_step` returned `None`",
+    r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need to be provided",
 )
 
 
@@ -94,8 +95,6 @@ class Session(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name, options in SECTIONS.items():
             parser.add_class_arguments(options, name)
-        for name in LINKS:
-            parser.link_arguments(f"model.init_args.common.{name}", f"data.init_args.{name}")
 
     # The parent parses, seeds and builds in its constructor; here these are steps that a verb takes in turn.
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -123,13 +122,27 @@ class Session(LightningCLI):
             errors += self._constructor_errors() if errors else []
         if errors or parsed is None:
             raise Mistakes(errors)
+        self._link()
         return self.resolved()
+
+    def _link(self) -> None:
+        """Gives the data module what it must share with the method.
+
+        jsonargparse's own links skip a source that is a dataclass in a union, such as `common: MethodOptions | None`.
+        """
+        common = self.config.model.init_args.get("common") or MethodOptions()
+        arguments = self.config.data.get("init_args") or {}
+        for name in [name for name in LINKS if name in arguments]:
+            arguments[name] = getattr(common, name)
 
     def resolved(self) -> dict[str, Any]:
         """The parsed config as plain values, without the linked ones, as `fit --config` reads it."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=r"\s*Unable to serialize instance")
-            return _without_unnamed(yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml")))
+            plain = _without_unnamed(yaml.safe_load(self.parser.dump(self.config, skip_unset=False, format="yaml")))
+        for name in LINKS:
+            ((plain["data"] or {}).get("init_args") or {}).pop(name, None)
+        return plain
 
     def _instantiate(self, kind: type, *args: Any, **kwargs: Any) -> Any:
         """Builds an object for the parser, which would try past a UserError; notes it, and while diagnosing goes on."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_t2i.cli import runs
 from lightning_t2i.cli.banner import banner
@@ -61,6 +63,15 @@ def _config_of_run(request: Request) -> list[Path]:
     return [file]
 
 
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """What Lightning refuses as a mistake of the user's is one of ours to tell."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise UserError("Lightning refuses this combination", given=str(error), fix="--debug shows where") from error
+
+
 def fit(request: Request) -> int:
     """Trains; goes on from the newest checkpoint when the run folder holds the same training."""
     if (found := opened(request)) is None:
@@ -73,12 +84,13 @@ def fit(request: Request) -> int:
     folder = Path(tempfile.mkdtemp()) if rehearsal else runs.runs_root() / runs.run_name(request.run, request.configs)
     trainer = session.build(folder, [], [Record(folder, runs.config_hash(config))])
     run = runs.begin(folder, config, request.fresh)  # everything that can be refused before is built by now
-    tracking = session.config_init.tracking
+    tracking = TrackingOptions(wandb="off") if rehearsal else session.config_init.tracking
     if not rehearsal:
         trainer.loggers = build_loggers(folder, tracking, config, run.step, Clock(trainer))
     if trainer.is_global_zero:
         print(banner(session, run, tracking), flush=True)
-    trainer.fit(session.method, session.data, ckpt_path=run.resume and str(run.resume), weights_only=True)
+    with told():
+        trainer.fit(session.method, session.data, ckpt_path=run.resume and str(run.resume), weights_only=True)
     if trainer.is_global_zero and not rehearsal:
         if 0 < trainer.max_steps <= trainer.global_step:
             write_atomically(folder / "finished", json.dumps({"step": trainer.global_step}).encode())
@@ -104,7 +116,8 @@ def _evaluate(request: Request) -> int:
         print(banner(session, runs.Run(folder, checkpoint), TrackingOptions(wandb="off")), flush=True)
     arguments: dict[str, Any] = {"return_predictions": False} if predicts else {}
     arguments |= {"ckpt_path": checkpoint and str(checkpoint), "weights_only": True}
-    getattr(trainer, request.verb)(session.method, datamodule=session.data, **arguments)
+    with told():
+        getattr(trainer, request.verb)(session.method, datamodule=session.data, **arguments)
     return 0
 
 

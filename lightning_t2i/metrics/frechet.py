@@ -5,7 +5,7 @@
                                                                  (arXiv 1801.01401, there over random subsets)
 
 FD is biased by O(1 / n): compare equal n only. KD has no bias and uses all pairs. A number is called FID or KID only
-when the features are Inception's; its name always holds n and the reference.
+when the features are Inception's; its name always holds n and the reference with its size.
 """
 
 from __future__ import annotations
@@ -102,14 +102,17 @@ class FeatureMetric(Metric):
         self.add_state("generated", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("referenced", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self._loaded: dict[str, Tensor] | None = None
-        self._n: int | None = None
+        self._counts: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
-        """Symbol, number of generated pictures on all ranks (known once computed) and reference."""
+        """Symbol, number of generated pictures, reference and its number of pictures: "fd@n=400,ref=shapes-val:1000".
+
+        The numbers are those of all ranks once the metric is computed, of this rank before.
+        """
         symbol = getattr(self.extractor, "symbols", {}).get(self.symbol, self.symbol)
-        n = int(self.generated) if self._n is None else self._n
-        return f"{symbol}@n={n},ref={self.reference}"
+        n, referenced = self._counts or (int(self.generated), int(self._state()["n"]))
+        return f"{symbol}@n={n},ref={self.reference}:{referenced}"
 
     @torch.no_grad()
     def update(self, images: Tensor, real: bool = False) -> None:
@@ -126,14 +129,14 @@ class FeatureMetric(Metric):
             self.generated += len(images)
 
     def compute(self) -> Tensor:
-        self._n = int(self.generated)
-        reference = self._loaded if self._loaded is not None else self._reference_state()
-        if min(self._n, int(reference["n"])) < 2:
+        state = self._state()
+        self._counts = int(self.generated), int(state["n"])
+        if min(self._counts) < 2:
             raise UserError(
                 f"{self.symbol} needs two pictures or more on either side",
-                given=f"{self._n} generated, {int(reference['n'])} of the reference",
+                given=f"{self._counts[0]} generated, {self._counts[1]} of the reference",
             )
-        return self._distance({k: v.to(self.device) for k, v in reference.items()}).float()
+        return self._distance({k: v.to(self.device) for k, v in state.items()}).float()
 
     def reset(self) -> None:
         kept = {name: getattr(self, name) for name in self._defaults if name.startswith("reference")}
@@ -141,14 +144,15 @@ class FeatureMetric(Metric):
         super().reset()  # empties lists in place
         for name, value in kept.items():
             setattr(self, name, value)
-        self._n = None
+        self._counts = None
 
     def save_reference(self, path: str | Path) -> None:
         """Writes the reference of all ranks; on several ranks a collective call after which rank 0 has written."""
         with self.sync_context():
-            state = self._loaded if self._loaded is not None else self._reference_state()
+            state = self._state()
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+            # Single features are float32 by nature; sums of them are not.
+            tensors = {name: (t.float() if name == "features" else t).cpu().contiguous() for name, t in state.items()}
             save_file(tensors, str(path), {"reference": self.reference, "extractor": self._identity})
 
     def load_reference(self, path: str | Path) -> None:
@@ -167,8 +171,12 @@ class FeatureMetric(Metric):
                     allowed=self._identity,
                     fix="delete the file; it is made again",
                 )
-            self._loaded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        self._loaded = {name: t.double() if t.is_floating_point() else t for name, t in found.items()}
         self.reference = facts["reference"]
+
+    def _state(self) -> dict[str, Tensor]:
+        return self._loaded if self._loaded is not None else self._reference_state()
 
     @property
     def _identity(self) -> str:

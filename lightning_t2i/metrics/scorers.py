@@ -25,15 +25,16 @@ class ScorerOptions:
     Args:
         classifier: folder of the metric network whose features fd and kd compare.
         inception: file of Inception weights; fd and kd are then FID and KID.
-        reference: name of the reference pictures in the metrics' names; null: the data set and split they come from.
-        statistics: folder of saved reference statistics, `<fd or kd>-<reference>.safetensors`, written when missing.
+        reference: name of the reference pictures; null: the data set and split that are evaluated, as "shapes-val".
+        statistics: folder of reference statistics that `python -m lightning_t2i.metrics.reference` wrote; without a
+            file there for the reference, the pictures of the evaluated records are the reference.
         clip: folder or hub id of the CLIP of clip_score.
     """
 
     classifier: str = "assets/tiny/classifier"
     inception: str | None = None
     reference: str | None = None
-    statistics: str | None = None
+    statistics: str = "assets/tiny/statistics"
     clip: str | None = None
 
 
@@ -69,17 +70,16 @@ class Scorer:
 
 
 class DistanceScorer(Scorer):
-    """Gathers the reference from the records' pictures at the first evaluation, or reads it from a file.
+    """Reads the reference from a file, or gathers it from the records' pictures at the first evaluation.
 
     Args:
-        file: where the reference's statistics are, or are to be written; null keeps them in memory.
+        file: statistics of the reference.
     """
 
-    def __init__(self, metric: FrechetDistance | KernelDistance, file: Path | None):
+    def __init__(self, metric: FrechetDistance | KernelDistance, file: Path):
         super().__init__(metric)
-        self.file = file
-        self.complete = file is not None and file.is_file()
-        if file is not None and self.complete:
+        self.file, self.complete = file, file.is_file()
+        if self.complete:
             metric.load_reference(file)
 
     def add(self, images: Tensor, records: Records) -> None:
@@ -88,19 +88,29 @@ class DistanceScorer(Scorer):
             return
         if records.image is None:
             raise UserError(
-                f"{self.metric.symbol} needs reference pictures and the data has none",
+                f"{self.metric.symbol} needs reference pictures; the data has none and there are no saved statistics",
                 where="eval.networks.statistics",
-                fix="use data with pictures, or name a folder with saved statistics",
+                given=self.file,
+                fix="python -m lightning_t2i.metrics.reference --source SOURCE --split SPLIT",
             )
         self.metric.update(records.image.to(images.device), real=True)
 
     def results(self) -> dict[str, float]:
         found = super().results()
-        if self.file is not None and not self.complete:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self.metric.save_reference(self.file)
         self.complete = True
         return found
+
+
+def build_distance(kind: type[FrechetDistance] | type[KernelDistance], options: ScorerOptions, reference: str) -> Any:
+    """The metric with the network that the options name."""
+    if options.inception is not None:
+        return kind(InceptionFeatures(options.inception), reference)
+    return kind(ShapesClassifier.from_pretrained(options.classifier), reference)
+
+
+def statistics_file(symbol: str, options: ScorerOptions, reference: str) -> Path:
+    """Where the statistics of a reference are; symbol: fd or kd, whatever the network."""
+    return resolve(options.statistics) / f"{symbol}-{reference}.safetensors"
 
 
 def _shapes_score(options: ScorerOptions, reference: str) -> Scorer:
@@ -111,13 +121,9 @@ def _shapes_score(options: ScorerOptions, reference: str) -> Scorer:
 
 def _distance(kind: type[FrechetDistance] | type[KernelDistance]) -> Callable[[ScorerOptions, str], Scorer]:
     def build(options: ScorerOptions, reference: str) -> Scorer:
-        extractor = (
-            ShapesClassifier.from_pretrained(options.classifier)
-            if options.inception is None
-            else InceptionFeatures(options.inception)
+        return DistanceScorer(
+            build_distance(kind, options, reference), statistics_file(kind.symbol, options, reference)
         )
-        file = Path(options.statistics) / f"{kind.symbol}-{reference}.safetensors" if options.statistics else None
-        return DistanceScorer(kind(extractor, reference), file)
 
     return build
 

@@ -157,27 +157,30 @@ def classifier(tmp_path: Path) -> str:
 
 def test_distances_take_their_reference_from_the_data_once(studio, classifier: str) -> None:
     notebook = studio.Notebook()
-    networks = ScorerOptions(classifier=classifier, reference="easel-val")
+    networks = ScorerOptions(classifier=classifier, reference="easel", statistics=classifier)
     callback = EvalMetrics(EvalOptions(metrics=["fd", "kd"], every=1, n=8, networks=networks), clock=lambda: 0.0)
     studio.trainer(callback, steps=2, logger=notebook).fit(studio.Painter(), studio.Easel())
-    assert sorted(notebook.values("eval/fd@n=8,ref=easel-val")) == [1, 2]
-    assert sorted(notebook.values("eval/kd@n=8,ref=easel-val")) == [1, 2]
+    assert sorted(notebook.values("eval/fd@n=8,ref=easel:8")) == [1, 2]
+    assert sorted(notebook.values("eval/kd@n=8,ref=easel:8")) == [1, 2]
     assert int(callback._scorers[0].metric.referenced) == 8
 
 
-def test_reference_is_written_and_then_read(studio, classifier: str, tmp_path: Path) -> None:
-    networks = ScorerOptions(classifier=classifier, statistics=str(tmp_path / "statistics"))
-    results = []
-    for pictures in (True, False):  # the second run has no pictures: it must use the file
-        callback = EvalMetrics(EvalOptions(metrics=["fd"], every=1, n=8, networks=networks), clock=lambda: 0.0)
-        studio.trainer(callback, steps=1).fit(studio.Painter(), studio.Easel(pictures=pictures))
-        results.append(callback.results["eval/fd@n=8,ref=val"])
-    assert results[0] == pytest.approx(results[1], rel=1e-6) and results[0] > 0
+def test_saved_reference_serves_data_without_pictures(studio, classifier: str, tmp_path: Path) -> None:
+    networks = ScorerOptions(classifier=classifier, statistics=str(tmp_path))
+    options = EvalOptions(metrics=["fd"], every=1, n=8, networks=networks)
+    first = EvalMetrics(options, clock=lambda: 0.0)
+    studio.trainer(first, steps=1).fit(studio.Painter(), studio.Easel())
+    first._scorers[0].metric.save_reference(tmp_path / "fd-val.safetensors")
+    second = EvalMetrics(options, clock=lambda: 0.0)
+    studio.trainer(second, steps=1).fit(studio.Painter(), studio.Easel(pictures=False))
+    name = "eval/fd@n=8,ref=val:8"
+    assert second.results[name] == pytest.approx(first.results[name], rel=1e-6) and first.results[name] > 0
 
 
-def test_distance_without_pictures_and_file_is_an_error(studio, classifier: str) -> None:
-    callback = EvalMetrics(EvalOptions(metrics=["fd"], every=1, networks=ScorerOptions(classifier=classifier)))
-    with pytest.raises(UserError, match="needs reference pictures"):
+def test_distance_without_pictures_and_file_names_the_command(studio, classifier: str, tmp_path: Path) -> None:
+    networks = ScorerOptions(classifier=classifier, statistics=str(tmp_path))
+    callback = EvalMetrics(EvalOptions(metrics=["fd"], every=1, networks=networks))
+    with pytest.raises(UserError, match="python -m lightning_t2i.metrics.reference"):
         studio.trainer(callback, steps=1).fit(studio.Painter(), studio.Easel(pictures=False))
 
 
@@ -205,7 +208,7 @@ def evaluated_by_a_rank(rank: int, folder: str) -> dict[str, float]:
     spec.loader.exec_module(helper)
     scorers.SCORERS["mean"] = lambda options, name: Scorer(Mean(), lambda r: (r.caption,))
     extractor = ShapesClassifier.from_pretrained(f"{folder}/classifier")
-    scorers.SCORERS["fd"] = lambda options, name: DistanceScorer(FrechetDistance(extractor, name), None)
+    scorers.SCORERS["fd"] = lambda options, name: DistanceScorer(FrechetDistance(extractor, name), Path("missing"))
     callback = EvalMetrics(EvalOptions(metrics=["mean", "fd"], every=2, n=8))
     from lightning_t2i.strategies import FSDP2
 
@@ -220,4 +223,4 @@ def test_two_ranks_measure_what_one_measures(ranks, tmp_path: Path, classifier: 
     first, second = ranks(evaluated_by_a_rank, str(tmp_path))
     alone = ranks(evaluated_by_a_rank, str(tmp_path), world=1)[0]
     assert first == second == pytest.approx(alone, rel=1e-4)
-    assert sorted(first) == ["eval/fd@n=8,ref=val", "eval/mean@n=8"]
+    assert sorted(first) == ["eval/fd@n=8,ref=val:8", "eval/mean@n=8"]

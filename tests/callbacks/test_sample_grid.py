@@ -34,7 +34,7 @@ def test_grids_are_written_and_logged_at_their_steps_and_at_the_end(studio) -> N
     grid = SampleGrid(SampleOptions(every=5, prompts=["a", "b"], per_prompt=3))
     studio.trainer(grid, steps=11, logger=notebook).fit(studio.Painter(), studio.Easel())
     assert sorted(grids(studio.folder)) == [1, 2, 4, 5, 10, 11]
-    assert notebook.images == [(s, "samples") for s in (1, 2, 4, 5, 10, 11)]
+    assert notebook.images == [(s, "grids") for s in (1, 2, 4, 5, 10, 11)]
 
 
 def test_no_second_grid_when_the_end_is_due_anyway(studio) -> None:

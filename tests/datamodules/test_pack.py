@@ -128,6 +128,7 @@ def test_samples_are_in_the_order_of_hashed_keys_and_splits_stay(pictures, tmp_p
     before = contents(pack(folder, tmp_path / "one", val=0.2, test=0.2))
     keys = Shards(tmp_path / "one", "train").index["key"].tolist()
     assert keys == sorted(keys, key=place_of) != sorted(keys)
+    assert min(map(place_of, keys)) < 0.2 and max(map(place_of, keys)) > 0.8  # no split is one end of that order
     counts = [sum(split == name for split, _, _ in before.values()) for name in ("train", "val", "test")]
     assert min(counts) >= 4 and counts[0] >= 25
     save(folder / "zz.png", 99).with_suffix(".txt").write_text("late")

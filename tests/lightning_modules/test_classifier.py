@@ -51,9 +51,12 @@ def test_it_learns_the_shapes_world(tmp_path):
 def test_noise_changes_the_training(tmp_path):
     states = []
     for noise in (0.0, 0.5):
-        data = Streams(main=ImageText("shapes", split="train", batch_size=4, limit=16, in_memory=True))
+        data = Streams(
+            main=ImageText("shapes", split="train", batch_size=4, limit=16, in_memory=True),
+            val=ImageText("shapes", split="val", batch_size=4, limit=4, in_memory=True),
+        )
         module = Classifier(noise=noise)
-        fit(tmp_path, module, 2, data, limit_val_batches=0)
+        fit(tmp_path, module, 2, data)
         states.append(module.state_dict())
     assert any(not torch.equal(states[0][n], t) for n, t in states[1].items())
 

@@ -89,11 +89,24 @@ def test_each_option_changes_the_result(tmp_path, options, change):
     assert not any("phi" in n for n in states[1])
 
 
+def test_a_frozen_encoder_keeps_the_latents(tmp_path, options):
+    """The second stage improves the decoder; models trained on the latents stay valid."""
+    module = Tokenizer(architecture(tmp_path, "AutoencoderKL"), train_encoder=False, autoencoder=options)
+    module.configure_model()
+    x = records(0, 4).image
+    with torch.no_grad():
+        before = module.autoencoder.encode(x).latent_dist.mean
+    picture = module.reconstruct(x)
+    fit(tmp_path, module, 5)
+    with torch.no_grad():
+        assert torch.equal(module.autoencoder.encode(x).latent_dist.mean, before)
+    assert not torch.equal(module.reconstruct(x), picture)
+
+
 def test_pictures_of_every_stream_are_used(tmp_path, options):
     module = Tokenizer(architecture(tmp_path, "AutoencoderKL"), autoencoder=options)
     module.configure_model()
     seen = []
-    module.autoencoder.register_forward_pre_hook(lambda *_: None)
     original = module.gaussian_pass
     module.gaussian_pass = lambda x, positions: (seen.append(len(x)), original(x, positions))[1]
     type(module).training_step.__wrapped__(module, {"main": records(0, 2), "real": records(50, 3)}, 0)

@@ -8,23 +8,23 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lightning_t2i.pictures import can_draw, draw_grid, save_png, to_images
+from lightning_t2i.pictures import can_draw, draw_grid, save_png, to_pil
 
 
 def test_values_become_bytes() -> None:
     images = torch.tensor([-1.0, 0.0, 1.0, 3.0, -9.0]).view(5, 1, 1, 1).expand(-1, 3, 2, 2)
-    levels = [np.unique(np.asarray(image)).tolist() for image in to_images(images)]
+    levels = [np.unique(np.asarray(image)).tolist() for image in to_pil(images)]
     assert levels == [[0], [128], [255], [255], [0]]
 
 
 def test_channels_and_axes_keep_their_order() -> None:
     image = torch.full((1, 3, 4, 6), -1.0)
     image[0, 0, 1, 5] = 1  # red, row 1, column 5
-    assert to_images(image)[0].size == (6, 4) and to_images(image)[0].getpixel((5, 1)) == (255, 0, 0)
+    assert to_pil(image)[0].size == (6, 4) and to_pil(image)[0].getpixel((5, 1)) == (255, 0, 0)
 
 
 def test_one_channel_is_grey() -> None:
-    assert to_images(torch.zeros(1, 1, 2, 2))[0].getpixel((0, 0)) == (128, 128, 128)
+    assert to_pil(torch.zeros(1, 1, 2, 2))[0].getpixel((0, 0)) == (128, 128, 128)
 
 
 def plain(colour: str) -> Image.Image:

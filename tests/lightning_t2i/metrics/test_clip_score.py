@@ -114,8 +114,7 @@ def test_features_may_be_a_tensor_or_an_output_object(small_clip: nn.Module) -> 
 
 @pytest.mark.parametrize("shape", [(48, 32), (32, 48), (20, 20), (16, 16)])
 def test_pictures_are_resized_and_cropped_as_pillow_does(small_clip: nn.Module, shape: tuple[int, int]) -> None:
-    ramp = torch.linspace(0, 1, shape[0])[:, None] * 0.5 + torch.linspace(0, 1, shape[1])[None] * 0.4
-    pixels = (torch.stack([ramp, 1 - ramp, ramp * 0.5]) * 255).round()
+    pixels = torch.randint(60, 190, (3, *shape)).float()  # so rough that smoothing while shrinking shows
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy().astype(np.uint8))
     scale = 16 / min(shape)
     image = image.resize((round(shape[1] * scale), round(shape[0] * scale)), Image.Resampling.BICUBIC)
@@ -123,7 +122,7 @@ def test_pictures_are_resized_and_cropped_as_pillow_does(small_clip: nn.Module, 
     expected = torch.from_numpy(np.asarray(image.crop((left, top, left + 16, top + 16))).copy()).permute(2, 0, 1) / 255
     clip = TransformersClip(small_clip, tokenize, 16, mean=(0.0,) * 3, std=(1.0,) * 3)
     prepared = clip.prepare(pixels[None] / 127.5 - 1)[0]
-    assert prepared.shape == (3, 16, 16) and torch.allclose(prepared, expected, atol=1.5 / 255)
+    assert prepared.shape == (3, 16, 16) and torch.allclose(prepared, expected, atol=2 / 255)
 
 
 @pytest.fixture

@@ -124,7 +124,7 @@ def test_kernel_sums_do_not_depend_on_blocks() -> None:
 def test_name_has_number_and_reference(kind: type) -> None:
     metric = kind(Pixels(2), "shapes-val")
     measured(metric, torch.randn(7, 2), torch.randn(9, 2))
-    assert metric.name == f"{kind.symbol}@n=7,ref=shapes-val"
+    assert metric.name == f"{kind.symbol}@n=7,ref=shapes-val:9"
 
 
 @pytest.mark.parametrize("kind", [FrechetDistance, KernelDistance])
@@ -135,15 +135,15 @@ def test_reset_keeps_the_reference(kind: type) -> None:
     metric.reset()
     metric.update(images(second))
     assert float(metric.compute()) == measured(kind(Pixels(2), "x"), second, real)
-    assert metric.name == f"{kind.symbol}@n=5,ref=shapes-val"
+    assert metric.name == f"{kind.symbol}@n=5,ref=shapes-val:9"
 
 
 def test_only_inception_gives_the_name_fid() -> None:
     class Inception(Pixels):
         symbols = InceptionFeatures.symbols
 
-    assert FrechetDistance(Inception(2), "coco").name == "fid@n=0,ref=coco"
-    assert KernelDistance(Inception(2), "coco").name == "kid@n=0,ref=coco"
+    assert FrechetDistance(Inception(2), "coco").name == "fid@n=0,ref=coco:0"
+    assert KernelDistance(Inception(2), "coco").name == "kid@n=0,ref=coco:0"
 
 
 def test_inception_is_never_downloaded(tmp_path: Path) -> None:
@@ -153,14 +153,17 @@ def test_inception_is_never_downloaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [FrechetDistance, KernelDistance])
 def test_saved_reference_gives_the_same_distance(kind: type, tmp_path: Path) -> None:
-    generated, real = torch.randn(40, 3, dtype=torch.float64), 1 + torch.randn(50, 3, dtype=torch.float64)
+    generated, real = torch.randn(40, 3).double(), (1 + torch.randn(50, 3)).double()
     metric = kind(Pixels(3), "shapes-val")
     expected = measured(metric, generated, real)
     metric.save_reference(tmp_path / "reference.safetensors")
     other = kind(Pixels(3), "to be read")
     other.load_reference(tmp_path / "reference.safetensors")
     other.update(images(generated))
-    assert float(other.compute()) == pytest.approx(expected, rel=1e-12) and other.reference == "shapes-val"
+    assert (
+        float(other.compute()) == pytest.approx(expected, rel=1e-12)
+        and other.name == f"{kind.symbol}@n=40,ref=shapes-val:50"
+    )
 
 
 def test_reference_of_another_network_is_refused(tmp_path: Path) -> None:
@@ -203,9 +206,9 @@ def distances_of_a_rank(rank: int, generated: Tensor, real: Tensor, folder: str)
 
 
 def test_two_ranks_agree_with_one(ranks, tmp_path: Path) -> None:
-    generated, real = torch.randn(40, 3, dtype=torch.float64), 1 + torch.randn(50, 3, dtype=torch.float64)
+    generated, real = torch.randn(40, 3).double(), (1 + torch.randn(50, 3)).double()
     (first, names), (second, _) = ranks(distances_of_a_rank, generated, real, str(tmp_path))
     frechet = measured(FrechetDistance(Pixels(3), "x"), generated, real)
     kernel = measured(KernelDistance(Pixels(3), "x"), generated, real)
     assert first == second == pytest.approx([frechet, frechet, kernel, kernel], rel=1e-5)
-    assert names == ["fd@n=40,ref=shapes-val", "kd@n=40,ref=shapes-val"]
+    assert names == ["fd@n=40,ref=shapes-val:50", "kd@n=40,ref=shapes-val:50"]

@@ -40,9 +40,9 @@ def test_distances_compare_with_the_pictures_of_the_records(tmp_path: Path) -> N
     values = {}
     for label, generated in {"same": images, "inverted": -images}.items():
         for name in ("fd", "kd"):
-            scorer = build_scorer(name, ScorerOptions(classifier=str(tmp_path)), "shapes-val")
+            scorer = build_scorer(name, ScorerOptions(classifier=str(tmp_path), statistics=str(tmp_path)), "shapes-val")
             scorer.add(generated, records)
-            values[label, name] = scorer.results()[f"{name}@n=12,ref=shapes-val"]
+            values[label, name] = scorer.results()[f"{name}@n=12,ref=shapes-val:12"]
     assert values["same", "fd"] < 1e-6 < values["inverted", "fd"]
     assert values["same", "kd"] < 0  # equal sets lie below the mean of the unbiased estimate
     assert values["inverted", "kd"] != values["same", "kd"]
@@ -50,8 +50,10 @@ def test_distances_compare_with_the_pictures_of_the_records(tmp_path: Path) -> N
 
 def test_reference_may_be_named_by_the_options(tmp_path: Path) -> None:
     ShapesClassifier(ClassifierConfig(widths=(8, 8, 8))).save_pretrained(tmp_path)
-    scorer = build_scorer("fd", ScorerOptions(classifier=str(tmp_path), reference="coco"), "shapes-val")
-    assert scorer.metric.name == "fd@n=0,ref=coco"
+    scorer = build_scorer(
+        "fd", ScorerOptions(classifier=str(tmp_path), reference="coco", statistics=str(tmp_path)), "shapes-val"
+    )
+    assert scorer.metric.name == "fd@n=0,ref=coco:0"
 
 
 def test_missing_data_are_named() -> None:

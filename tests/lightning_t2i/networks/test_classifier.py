@@ -68,4 +68,4 @@ def test_it_is_an_extractor_of_the_metrics() -> None:
     metric = FrechetDistance(ShapesClassifier(ClassifierConfig(widths=(8, 8, 8))), "noise")
     metric.update(torch.rand(6, 3, 32, 32) * 2 - 1)
     metric.update(torch.rand(6, 3, 32, 32) * 2 - 1, real=True)
-    assert float(metric.compute()) > 0 and metric.name == "fd@n=6,ref=noise"
+    assert float(metric.compute()) > 0 and metric.name == "fd@n=6,ref=noise:6"

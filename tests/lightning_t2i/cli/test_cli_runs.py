@@ -1,0 +1,286 @@
+"""Run folders: names, resume, what is refused, and that a killed run ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from wandb_reader import history
+
+from lightning_t2i.cli import runs
+from lightning_t2i.cli.main import main
+from lightning_t2i.errors import UserError
+from lightning_t2i.loggers import read_lines
+from lightning_t2i.state_io import AtomicCheckpointIO, newest
+
+CONFIG = {
+    "model": {"class_path": "toy.Toy", "init_args": {"common": {"seed": 3, "log_every": 2}}},
+    "data": {"class_path": "toy.ToyData", "init_args": {"batch_size": 8}},
+    "trainer": {"accelerator": "cpu", "devices": 1, "max_steps": 12, "callbacks": [{"class_path": "kills.KillAt"}]},
+    "throughput": {"enabled": False},
+    "checkpoints": {"every": 4},
+    "tracking": {"wandb": "off"},
+}
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch) -> Path:
+    """A config file whose runs land in tmp_path/runs, which is also the working directory's."""
+    monkeypatch.setenv("LIGHTNING_T2I_RUNS", str(tmp_path / "runs"))
+    for name in [n for n in os.environ if n.startswith(("SLURM_", "TORCHELASTIC_")) or n in ("RANK", "LOCAL_RANK")]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv(runs.HANDED_DOWN, raising=False)
+    file = tmp_path / "toy.yaml"
+    file.write_text(yaml.safe_dump(CONFIG))
+    return file
+
+
+def fit(config: Path, *words: str) -> int:
+    return main(["fit", "--config", str(config), *words])
+
+
+def without_time(file: Path) -> list[dict]:
+    return [{k: v for k, v in line.items() if k != "time"} for line in read_lines(file)]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return AtomicCheckpointIO().load_checkpoint(newest(run / "checkpoints"))["state_dict"]
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environment", "explicit", "expected"),
+    [
+        ({}, None, "toy"),
+        ({}, "mine", "mine"),
+        ({"SLURM_JOB_ID": "71"}, None, "71"),
+        ({"SLURM_JOB_ID": "71"}, "mine", "mine"),
+        ({"SLURM_JOB_ID": "73", "SLURM_ARRAY_JOB_ID": "71", "SLURM_ARRAY_TASK_ID": "2"}, None, "71_2"),
+        ({"SLURM_JOB_ID": "71", "SLURM_JOB_NAME": "bash"}, None, "toy"),
+    ],
+)
+def test_name_of_a_run(config, monkeypatch, environment, explicit, expected) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert runs.run_name(explicit, [Path("first.yaml"), config]) == expected
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../up", "/tmp/x"])
+def test_a_run_name_is_one_folder(name) -> None:
+    with pytest.raises(UserError, match="single folder name"):
+        runs.run_name(name, [])
+
+
+# ---- resume ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_of_a_finished_run(config, tmp_path, capsys) -> None:
+    assert fit(config) == 0
+    run = tmp_path / "runs" / "toy"
+    assert {p.name for p in run.iterdir()} >= {
+        "config.yaml",
+        "env.json",
+        "metrics.jsonl",
+        "metrics.csv",
+        "checkpoints",
+        "finished",
+        "report.md",
+        "curves.png",
+        "cost.json",
+    }
+    environment = json.loads((run / "env.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["starts"][0]["step"] == 0 and environment["hardware"]["cpus"] > 0
+    resolved = yaml.safe_load((run / "config.yaml").read_text())
+    assert resolved["model"]["init_args"]["dropout"] == 0.1  # defaults included
+    assert environment["config_hash"] == runs.config_hash(resolved)
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [1, 2, 4, 6, 8, 10, 12]
+    banner = capsys.readouterr().out
+    for part in (
+        "8 a step" if "8 a step" in banner else "1 micro-batches",
+        "from the beginning",
+        "seed 3",
+        "report.md",
+    ):
+        assert part in banner
+
+    assert fit(config) == 2
+    error = capsys.readouterr().err
+    assert "is finished" in error and "--run" in error and "--fresh" in error and "max_steps" in error
+
+
+def test_a_longer_training_goes_on_as_if_it_had_been_asked_for(config, tmp_path, capsys) -> None:
+    assert fit(config, "--run", "whole", "--trainer.max_steps", "20") == 0
+    assert fit(config, "--run", "parts") == 0
+    assert fit(config, "--run", "parts", "--trainer.max_steps", "20") == 0
+    assert "step-00000012" in capsys.readouterr().out
+    whole, parts = tmp_path / "runs" / "whole", tmp_path / "runs" / "parts"
+    assert without_time(whole / "metrics.jsonl") == without_time(parts / "metrics.jsonl")
+    a, b = weights(whole), weights(parts)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert json.loads((parts / "finished").read_text()) == {"step": 20}
+    assert [s["step"] for s in json.loads((parts / "env.json").read_text())["starts"]] == [0, 12]
+
+
+def test_another_config_is_refused_and_names_the_keys(config, tmp_path, capsys) -> None:
+    assert fit(config) == 0
+    before = (tmp_path / "runs" / "toy" / "config.yaml").read_text()
+    assert fit(config, "--model.dropout", "0.2", "--model.common.seed", "4", "--trainer.max_steps", "30") == 2
+    error = capsys.readouterr().err
+    assert "model.init_args.dropout: 0.1 -> 0.2" in error and "model.init_args.common.seed: 3 -> 4" in error
+    assert "max_steps:" not in error
+    assert "--run" in error and "--fresh" in error
+    assert (tmp_path / "runs" / "toy" / "config.yaml").read_text() == before
+
+
+def test_fresh_moves_aside_and_deletes_nothing(config, tmp_path) -> None:
+    for steps in ("4", "8", "12"):
+        assert fit(config, "--fresh", "--trainer.max_steps", steps) == 0
+    done = {p.name: json.loads((p / "finished").read_text())["step"] for p in (tmp_path / "runs").iterdir()}
+    assert done == {"toy.1": 4, "toy.2": 8, "toy": 12}
+
+
+def test_how_a_run_is_watched_may_change(config, tmp_path) -> None:
+    assert fit(config, "--trainer.max_steps", "4") == 0
+    assert (
+        fit(config, "--checkpoints.keep", "1", "--samples.enabled", "false", "--trainer.val_check_interval", "7") == 0
+    )
+
+
+@pytest.mark.parametrize("kill_at", [5, 8])
+def test_a_killed_run_ends_like_one_that_was_not(config, tmp_path, repo, kill_at) -> None:
+    """SIGKILL within and at the end of a checkpoint interval; W&B's offline files keep what was logged before."""
+    config.write_text(yaml.safe_dump(CONFIG | {"tracking": {"wandb": "offline"}}))
+    environment = {**os.environ, "KILL_AT_STEP": str(kill_at), "PYTHONPATH": str(repo / "tests" / "helpers")}
+    command = [sys.executable, str(repo / "train.py"), "fit", "--config", str(config)]
+    killed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run = tmp_path / "runs" / "toy"
+    assert not (run / "finished").exists()
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 6, "los')  # a line that the kill cut off
+    identity = (run / "wandb_id").read_text()
+    resumed_from = json.loads((newest(run / "checkpoints") / "complete.json").read_text())["step"]
+    assert resumed_from == 4
+
+    assert fit(config) == 0
+    assert fit(config, "--run", "whole", "--tracking.wandb", "off") == 0
+    whole = tmp_path / "runs" / "whole"
+    assert without_time(run / "metrics.jsonl") == without_time(whole / "metrics.jsonl")
+    a, b = weights(run), weights(whole)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+    folders = sorted((run / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2 and all(f.name.endswith(identity) for f in folders)
+    logged = {row["trainer/global_step"]: row["critic/loss"] for row in history(run / "wandb") if "critic/loss" in row}
+    expected = {line["step"]: line["critic/loss"] for line in read_lines(run / "metrics.jsonl")}
+    assert logged == pytest.approx(expected)
+    rows = [row["trainer/global_step"] for row in history(run / "wandb")]
+    assert rows == [1, 2, 4] + ([6, 8] if kill_at == 8 else []) + [6, 8, 10, 12]
+
+
+def test_the_checkpoint_carries_the_wandb_id(config, tmp_path) -> None:
+    assert fit(config, "--trainer.max_steps", "4", "--tracking.wandb", "offline") == 0
+    file = tmp_path / "runs" / "toy" / "wandb_id"
+    identity = file.read_text()
+    file.unlink()
+    assert fit(config) == 0
+    assert file.read_text() == identity
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+def resolved(steps: int = 4) -> dict:
+    return {"trainer": {"max_steps": steps}, "model": {"a": 1}, "data": {}}
+
+
+def test_other_ranks_follow_rank_0(config, tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "runs" / "x"
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_RESTART_COUNT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    run = runs.begin(folder, resolved(), fresh=False)
+    assert run.resume is None and run.step == 0
+    monkeypatch.delenv(runs.HANDED_DOWN)  # the other processes of srun are no children of rank 0
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert runs.begin(folder, resolved(), fresh=True) == run
+    assert not folder.with_name("x.1").exists()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")  # the word of an earlier start does not count
+    with pytest.raises(UserError, match="Rank 0 did not say"):
+        runs._decision_of_rank_0(folder, timeout=0.5)
+
+
+def test_launched_processes_inherit_the_decision(config, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv(runs.HANDED_DOWN, str(tmp_path / "checkpoint"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert runs.begin(tmp_path / "x", resolved(), fresh=True).resume == tmp_path / "checkpoint"
+    assert not (tmp_path / "x").exists()
+
+
+def test_two_processes_train_one_run_and_one_goes_on(config, tmp_path, repo, monkeypatch) -> None:
+    two = tmp_path / "two.yaml"
+    strategy = {"class_path": "lightning_t2i.strategies.FSDP2", "init_args": {"replicate": 1, "shard": 2}}
+    two.write_text(yaml.safe_dump({"base": "toy.yaml", "trainer": {"devices": 2, "strategy": strategy}}))
+    command = [
+        sys.executable,
+        str(repo / "train.py"),
+        "fit",
+        "--config",
+        str(two),
+        "--fresh",
+        "--trainer.max_steps",
+        "4",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(repo / "tests" / "helpers")}
+    for _ in range(2):
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("from the beginning") == 1
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["two", "two.1"]  # rank 0 alone moved it
+    run = tmp_path / "runs" / "two"
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [1, 2, 4]
+    assert fit(config, "--run", "two") == 0
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [1, 2, 4, 6, 8, 10, 12]
+
+
+# ---- validate, test, predict -----------------------------------------------------------------------------------------
+
+
+def test_verbs_on_a_run_say_what_is_missing(config, capsys) -> None:
+    assert main(["validate", "--run", "nothing"]) == 2
+    assert "no such run" in capsys.readouterr().err
+    assert main(["validate", "--config", str(config), "--run", "nothing"]) == 2
+    assert "no complete checkpoint" in capsys.readouterr().err
+    assert fit(config) == 0
+    assert main(["validate", "--run", "toi"]) == 2
+    assert "--run toy" in capsys.readouterr().err
+    assert main(["validate", "--run", "toy"]) == 2
+    assert "validation_step" in capsys.readouterr().err
+
+
+def test_a_rehearsal_leaves_no_run(config, tmp_path) -> None:
+    assert fit(config, "--trainer.fast_dev_run", "true") == 0
+    assert not (tmp_path / "runs").exists()
+
+
+def test_print_config_stops_before_the_run(config, tmp_path, capsys) -> None:
+    assert fit(config, "--print_config", "--model.common.seed", "9") == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["common"]["seed"] == 9
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_of_a_method(config, capsys) -> None:
+    assert main(["fit", "--help"]) == 0
+    assert "--samples.every" in capsys.readouterr().out
+    assert main(["fit", "--model.help", "toy.Toy"]) == 0
+    assert "poison_step" in capsys.readouterr().out

@@ -1,0 +1,123 @@
+"""Sharded networks on two gloo processes: fresh weights in every forward, whole norms, EMA on shards, frozen ones whole."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "helpers"))  # for the processes that `ranks` starts
+
+from toy import DIM, MLP, Block, adam
+
+from lightning_t2i.errors import UserError
+from lightning_t2i.group import Group
+from lightning_t2i.options import EMAOptions, GroupOptions
+from lightning_t2i.strategies import FSDP2, shard_network
+from lightning_t2i.strategies.sharding import blocks, roots, shard_frozen
+
+X = torch.linspace(-1, 1, 4 * DIM).view(4, DIM)
+
+
+def network() -> MLP:
+    torch.manual_seed(3)
+    return MLP(2, dropout=0.0)
+
+
+def twin_outputs(rank: int, replicate: int, shard: int) -> dict:
+    """Samples the EMA twin, updates it, samples again; also gradient norm, clipping and the update itself."""
+    mesh = init_device_mesh("cpu", (replicate, shard), mesh_dim_names=("replicate", "shard"))
+    group = Group("net", network(), GroupOptions(adam(0.1), clip=0.01, ema=EMAOptions(0.5, warmup=False)))
+    for member in (group.network, group.ema):
+        shard_network(member, mesh)
+    group.build()
+    with torch.no_grad():
+        first = group.ema(X)
+    local = X[rank * 2 : rank * 2 + 2]
+    group.network(local).square().mean().backward()
+    norm = group.gradient_norm()
+    group.step(norm)
+    group.average(0)
+    with torch.no_grad():
+        second = group.ema(X)
+    sharded = isinstance(group.parameters[0], DTensor) and isinstance(group.network.blocks[0], FSDPModule)
+    return {"first": first, "second": second, "norm": norm, "sharded": sharded}
+
+
+@pytest.mark.parametrize("mesh", [(2, 1), (1, 2)], ids=["2x1", "1x2"])
+def test_ema_twin_is_fresh_after_an_update(ranks, mesh):
+    """With FSDP2's default the second forward would use the weights gathered for the first."""
+    plain = Group("net", network(), GroupOptions(adam(0.1), clip=0.01, ema=EMAOptions(0.5, warmup=False)))
+    plain.build()
+    with torch.no_grad():
+        first = plain.ema(X)
+    plain.network(X).square().mean().backward()
+    norm = plain.gradient_norm()
+    plain.step(norm)
+    plain.average(0)
+    with torch.no_grad():
+        second = plain.ema(X)
+    assert not torch.allclose(first, second)
+    for result in ranks(twin_outputs, *mesh):
+        assert result["sharded"]
+        torch.testing.assert_close(result["first"], first)
+        torch.testing.assert_close(result["second"], second, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(result["norm"], norm, rtol=1e-4, atol=1e-6)
+
+
+def frozen_kinds(rank: int, limit: int) -> list:
+    import lightning_t2i.strategies.sharding as sharding
+
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
+    sharding.REPLICATE_BELOW_BYTES = limit
+    frozen = network().requires_grad_(False)
+    shard_frozen(frozen, mesh)
+    return [isinstance(next(frozen.parameters()), DTensor), frozen(X)]
+
+
+def test_small_frozen_networks_stay_whole_and_large_ones_are_cut(ranks):
+    expected = network()(X).detach()
+    for limit, cut in ((2**31, False), (0, True)):
+        for is_cut, output in ranks(frozen_kinds, limit):
+            assert is_cut is cut
+            torch.testing.assert_close(output, expected)
+
+
+def test_blocks_are_found_innermost_first_and_roots_declared():
+    net = network()
+    assert [type(b) for b in blocks(net)] == [Block, Block]
+    assert roots(net) == [net]
+
+
+def strategy(world: int, nodes: int = 1, **mesh) -> FSDP2:
+    class Sized(FSDP2):
+        world_size = world
+        num_processes = world // nodes
+
+    made = Sized(**mesh)
+    made.num_nodes = nodes
+    return made
+
+
+@pytest.mark.parametrize(
+    ("world", "nodes", "mesh", "shape"),
+    [
+        (1, 1, {}, (1, 1)),
+        (8, 1, {}, (1, 8)),
+        (8, 1, {"shard": 1}, (8, 1)),
+        (8, 1, {"replicate": 2}, (2, 4)),
+        (16, 2, {}, (2, 8)),  # hybrid on several nodes: cut inside a node, copied over nodes
+        (16, 2, {"replicate": 1}, (1, 16)),
+    ],
+)
+def test_mesh_shapes(world, nodes, mesh, shape):
+    assert strategy(world, nodes, **mesh).mesh_shape() == shape
+
+
+def test_a_mesh_that_does_not_fit_names_the_numbers():
+    with pytest.raises(UserError, match="replicate 3 x shard 2 = 6") as error:
+        strategy(8, replicate=3, shard=2).mesh_shape()
+    assert "8 = trainer.devices" in str(error.value)

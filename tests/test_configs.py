@@ -1,0 +1,84 @@
+"""Every shipped config parses and stays short; paper-scale networks have their published sizes."""
+
+import pytest
+import torch
+import yaml
+
+from lightning_t2i.cli.configs import merge
+from lightning_t2i.cli.session import Session
+from lightning_t2i.networks.load import build_network
+from lightning_t2i.paths import ROOT
+
+CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml"))
+RUNNABLE = [p for p in CONFIGS if p.parent.name not in ("trainer", "data") and p.name != "tiny_networks.yaml"]
+
+# Parameters of the networks that the paper-scale configs name, counted from their architecture files on meta.
+SIZES = {
+    "sd15_unet": 859_520_964,
+    "sd21_unet": 865_910_724,
+    "pixart_alpha_512": 610_856_096,
+    "flux1_dev": 11_901_408_320,
+}
+ARCHITECTURES = {
+    "sd15": "sd15_unet",
+    "sd15_lora": "sd15_unet",
+    "sd21": "sd21_unet",
+    "pixart": "pixart_alpha_512",
+    "flux": "flux1_dev",
+}
+PROCESSES = {"gpu": 1, "fsdp": 8, "hsdp": 8}  # processes over which one copy of the weights is cut
+
+
+@pytest.fixture(scope="module")
+def session():
+    return Session()
+
+
+@pytest.mark.parametrize("path", RUNNABLE, ids=lambda p: str(p.relative_to(ROOT / "configs")))
+def test_config_parses(session, path):
+    config = session.parse(merge([path], []), "fit")
+    assert config["model"]["class_path"].startswith("lightning_modules.")
+    assert config["trainer"]["max_steps"] > 0
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
+def test_config_states_differences_in_forty_lines(path):
+    assert len(path.read_text().splitlines()) <= 40
+    assert path.read_text().startswith("#"), "the first line says what the config is for"
+
+
+@pytest.mark.parametrize(("name", "size"), SIZES.items())
+def test_architecture_has_its_published_size(name, size):
+    with torch.device("meta"):
+        network = build_network(f"configs/networks/{name}.json")
+    assert sum(p.numel() for p in network.parameters()) == size
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_paper_scale_memory_per_process(session, name, capsys):
+    """Weights, gradients, AdamW states and EMA in float32, cut over the processes of the config's mesh."""
+    path = ROOT / f"configs/diffusion/{name}.yaml"
+    options = session.parse(merge([path], []), "fit")["model"]["init_args"]
+    base = yaml.safe_load(path.read_text())["base"]
+    mesh = next((m for m in PROCESSES if any(m in b for b in ([base] if isinstance(base, str) else base))), "gpu")
+    weights = SIZES[ARCHITECTURES[name]]
+    trained = 0.002 * weights if options["lora_rank"] else weights
+    copies = 4 + bool(options["denoiser"]["ema"])  # weights, gradient, two moments, EMA
+    gibibytes = 4 * (weights - trained + copies * trained) / PROCESSES[mesh] / 2**30
+    with capsys.disabled():
+        print(f"\n{name}: {weights / 1e6:.0f} M parameters, {gibibytes:.1f} GiB of state per process ({mesh})")
+    assert gibibytes < 80
+
+
+def test_no_config_repeats_anothers_values():
+    """A paper-scale variant names its base and what differs, nothing it inherits unchanged."""
+    for name in ("sd21", "pixart", "sd15_lora", "flux"):
+        own = yaml.safe_load((ROOT / f"configs/diffusion/{name}.yaml").read_text())
+        base = yaml.safe_load((ROOT / "configs/diffusion/sd15.yaml").read_text())
+
+        def repeated(a, b, path=""):
+            if isinstance(a, dict) and isinstance(b, dict):
+                return [r for k in a.keys() & b.keys() for r in repeated(a[k], b[k], f"{path}.{k}")]
+            return [path] if a == b else []
+
+        assert repeated(own, base) == []

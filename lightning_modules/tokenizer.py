@@ -123,7 +123,7 @@ class Tokenizer(MethodModule):
     def export(self, folder: Path, batches: Iterable[Batch]) -> None:
         """Writes the diffusers folder, fp16, with the scale that gives the latents of `batches` unit deviation."""
         autoencoder: Any = copy.deepcopy(self.generator_of("autoencoder"))
-        if not self.discrete:
+        if not self.discrete and self.train_encoder:  # else the latents, and with them their scale, are as before
             z = torch.cat([autoencoder.encode(b["main"].image).latent_dist.mean for b in batches])
             autoencoder.register_to_config(scaling_factor=1 / float(z.std()))
         autoencoder.half().save_pretrained(folder)

@@ -32,8 +32,10 @@ def stop_unless_finite(
             to the run folder.
     """
     values = [*(loss for _, loss in losses), *norms.values()]
-    finite = torch.stack([v.float().isfinite() for v in values]).all().float()
     trainer, step, seed = method.trainer, method.counters.step, method.common.seed
+    if not values:  # no group is due in this step
+        return
+    finite = torch.stack([v.float().isfinite() for v in values]).all().float()
     if bool(trainer.strategy.reduce(finite, reduce_op="sum") > trainer.world_size - 0.5):
         return
     folder = Path(trainer.default_root_dir)
@@ -44,7 +46,8 @@ def stop_unless_finite(
         "losses": [(name, float(loss)) for name, loss in losses],
         "gradient_norms": {name: float(norm) for name, norm in norms.items()},
         "ids": seen,
-        "replay": f"python train.py fit --config {folder}/config.yaml --run replay --trainer.max_steps {step + 1}",
+        # The run goes on from its newest checkpoint and comes to the same step with the same batches and draws.
+        "replay": f"python train.py fit --run {folder.name}",
     }
     file = folder / f"non-finite-step-{step}-rank-{method.global_rank}.json"
     file.parent.mkdir(parents=True, exist_ok=True)

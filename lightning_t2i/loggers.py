@@ -6,7 +6,7 @@ import csv
 import json
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,8 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from lightning_t2i.errors import UserError
 from lightning_t2i.state_io import write_atomically
+
+WANDB_BUFFER = 60.0  # seconds; W&B writes its offline file every 15 s, and a killed process never writes the rest
 
 
 @dataclass(frozen=True)
@@ -121,11 +123,26 @@ def write_csv(file: Path, target: Path) -> None:
 
 
 class Wandb(WandbLogger):
-    """W&B run whose every value is plotted against training steps, and which goes on under its id after a resume."""
+    """W&B run whose every value is plotted against training steps, and which goes on under its id after a resume.
+
+    Args:
+        folder: run folder.
+        options: mode, project and tags.
+        config: resolved config of the run.
+        clock: see `Clock`.
+        replay: lines of metrics.jsonl that an earlier, killed start may not have written out.
+    """
 
     _experiment: Any
 
-    def __init__(self, folder: Path, options: TrackingOptions, config: Mapping[str, Any], clock: Clock):
+    def __init__(
+        self,
+        folder: Path,
+        options: TrackingOptions,
+        config: Mapping[str, Any],
+        clock: Clock,
+        replay: Sequence[dict[str, Any]] = (),
+    ):
         super().__init__(
             name=folder.name,
             save_dir=folder,
@@ -135,7 +152,7 @@ class Wandb(WandbLogger):
             config=dict(config),
             mode=options.wandb,
         )
-        self.clock, self.mode = clock, options.wandb
+        self.clock, self.mode, self.replay = clock, options.wandb, replay
 
     @property
     @rank_zero_experiment
@@ -157,6 +174,10 @@ class Wandb(WandbLogger):
                 ) from error
             self._experiment.define_metric("trainer/global_step")
             self._experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+            for line in self.replay:
+                values = {k: v for k, v in line.items() if k not in ("step", "samples", "time")}
+                stamps = {"trainer/global_step": line["step"], "trainer/samples": line["samples"]}
+                self._experiment.log(values | stamps)
         return self._experiment
 
     @rank_zero_only
@@ -183,8 +204,11 @@ def wandb_id(folder: Path) -> str:
 def build_loggers(
     folder: Path, options: TrackingOptions, config: Mapping[str, Any], resume_step: int, clock: Clock
 ) -> list[Logger]:
-    """The loggers of a training."""
+    """The loggers of a training that goes on from `resume_step`."""
+    lines = read_lines(folder / "metrics.jsonl")
     loggers: list[Logger] = [JsonlLogger(folder / "metrics.jsonl", resume_step, clock)]
     if options.wandb != "off":
-        loggers.append(Wandb(folder, options, config, clock))
+        late = lines[-1]["time"] - WANDB_BUFFER if lines else 0.0
+        replay = [line for line in lines if line["time"] > late and line["step"] <= resume_step]
+        loggers.append(Wandb(folder, options, config, clock, replay))
     return loggers

@@ -44,7 +44,8 @@ def draw_curves(curves: dict[str, tuple[list[int], list[float]]], target: Path) 
         return False
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(4.2 * columns, 2.8 * rows), layout="constrained")
+    figure = Figure(figsize=(4.2 * columns, 2.8 * rows))
+    figure.subplots_adjust(0.06, 0.25 / rows, 0.98, 1 - 0.12 / rows, wspace=0.25, hspace=0.35)
     for number, name in enumerate(shown, 1):
         axis = figure.add_subplot(rows, columns, number)
         axis.plot(*curves[name], linewidth=1)

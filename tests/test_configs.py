@@ -10,7 +10,7 @@ from lightning_t2i.networks.load import build_network
 from lightning_t2i.paths import ROOT
 
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml"))
-RUNNABLE = [p for p in CONFIGS if p.parent.name not in ("trainer", "data") and p.name != "tiny_networks.yaml"]
+RUNNABLE = [p for p in CONFIGS if p.parent.name not in ("trainer", "data")]
 
 # Parameters of the networks that the paper-scale configs name, counted from their architecture files on meta.
 SIZES = {

@@ -6,6 +6,7 @@ import ast
 import keyword
 from pathlib import Path
 
+from lightning_t2i.cli.configs import read_yaml
 from lightning_t2i.cli.listing import methods
 from lightning_t2i.cli.main import Request
 from lightning_t2i.errors import UserError, closest
@@ -44,12 +45,14 @@ def camel(name: str) -> str:
     return "".join(part[:1].upper() + part[1:] for part in name.split("_"))
 
 
-def main_class(file: Path, configs: list[Path]) -> str:
+def main_class(file: Path, config: Path) -> str:
     """The class of a method file: the one that its tiny config names, else the last public one."""
+    model = (read_yaml(config.read_text(encoding="utf-8")) or {}).get("model") or {}
+    module, _, name = str(model.get("class_path", "")).rpartition(".")
+    if module == f"lightning_modules.{file.stem}":
+        return name
     classes = [n.name for n in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(n, ast.ClassDef)]
-    text = "".join(config.read_text(encoding="utf-8") for config in configs)
-    named = [c for c in classes if f"lightning_modules.{file.stem}.{c}\n" in text + "\n"]
-    return (named or [c for c in classes if not c.startswith("_")])[-1]
+    return [name for name in classes if not name.startswith("_")][-1]
 
 
 def new(request: Request) -> int:
@@ -98,7 +101,7 @@ def create(words: list[str], parent: str | None, root: Path = ROOT) -> tuple[Pat
         "name": camel(name),
         "module": name,
         "parent": parent,
-        "parent_class": main_class(root / "lightning_modules" / f"{parent}.py", [base]),
+        "parent_class": main_class(root / "lightning_modules" / f"{parent}.py", base),
         "base": f"../{parent}/tiny.yaml",
     }
     if facts["name"] == facts["parent_class"]:

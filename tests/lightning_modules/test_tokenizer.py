@@ -101,6 +101,10 @@ def test_a_frozen_encoder_keeps_the_latents(tmp_path, options):
     with torch.no_grad():
         assert torch.equal(module.autoencoder.encode(x).latent_dist.mean, before)
     assert not torch.equal(module.reconstruct(x), picture)
+    module.autoencoder.register_to_config(scaling_factor=0.5)
+    module.groups["autoencoder"].ema.register_to_config(scaling_factor=0.5)
+    module.export(tmp_path / "out", [{"main": records(0, 32)}])
+    assert json.loads((tmp_path / "out/config.json").read_text())["scaling_factor"] == 0.5
 
 
 def test_pictures_of_every_stream_are_used(tmp_path, options):

@@ -248,7 +248,7 @@ def test_non_finite_loss_stops_before_the_weights_are_touched(tmp_path):
     assert all(torch.equal(t, reference.state_dict()[n]) for n, t in module.state_dict().items())
     report = json.loads((tmp_path / "non-finite-step-3-rank-0.json").read_text())
     assert report["ids"] == [{"main": [7 * p for p in range(24, 32)]}]
-    assert "--trainer.max_steps 4" in report["replay"]
+    assert report["replay"] == f"python train.py fit --run {tmp_path.name}"
     assert "critic" in str(error.value)
 
 
@@ -274,6 +274,20 @@ def test_configure_model_builds_once():
     network = module.critic
     module.configure_model()
     assert module.critic is network
+
+
+def test_a_step_in_which_no_group_is_due_still_counts(tmp_path):
+    class Rare(MethodModule):
+        def configure_model(self):
+            self.add_group("net", nn.Linear(6, 1), GroupOptions(adam(1e-2), every=3))
+
+        def training_step(self, batch, batch_idx):
+            if self.due("net"):
+                self.backward("net", self.net(batch["main"].latent).square().mean())
+
+    module = Rare()
+    assert fit(tmp_path, module, 7).global_step == 7
+    assert module.groups["net"].updates == 3
 
 
 def test_super_calls_do_not_repeat_the_engines_work(tmp_path):

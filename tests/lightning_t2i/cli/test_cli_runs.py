@@ -105,12 +105,7 @@ def test_the_folder_of_a_finished_run(config, tmp_path, capsys) -> None:
     assert environment["config_hash"] == runs.config_hash(resolved)
     assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [1, 2, 4, 6, 8, 10, 12]
     banner = capsys.readouterr().out
-    for part in (
-        "8 a step" if "8 a step" in banner else "1 micro-batches",
-        "from the beginning",
-        "seed 3",
-        "report.md",
-    ):
+    for part in ("toy.Toy", "1 micro-batches", "from the beginning", "seed 3", "0 of 12", "report.md"):
         assert part in banner
 
     assert fit(config) == 2
@@ -156,9 +151,10 @@ def test_how_a_run_is_watched_may_change(config, tmp_path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill_at", [5, 8])
 def test_a_killed_run_ends_like_one_that_was_not(config, tmp_path, repo, kill_at) -> None:
-    """SIGKILL within and at the end of a checkpoint interval; W&B's offline files keep what was logged before."""
+    """SIGKILL within a checkpoint interval, and just after a checkpoint; W&B's offline files miss nothing either."""
     config.write_text(yaml.safe_dump(CONFIG | {"tracking": {"wandb": "offline"}}))
     environment = {**os.environ, "KILL_AT_STEP": str(kill_at), "PYTHONPATH": str(repo / "tests" / "helpers")}
     command = [sys.executable, str(repo / "train.py"), "fit", "--config", str(config)]
@@ -170,7 +166,7 @@ def test_a_killed_run_ends_like_one_that_was_not(config, tmp_path, repo, kill_at
         stream.write('{"step": 6, "los')  # a line that the kill cut off
     identity = (run / "wandb_id").read_text()
     resumed_from = json.loads((newest(run / "checkpoints") / "complete.json").read_text())["step"]
-    assert resumed_from == 4
+    assert resumed_from == (4 if kill_at == 5 else 8)
 
     assert fit(config) == 0
     assert fit(config, "--run", "whole", "--tracking.wandb", "off") == 0
@@ -184,8 +180,6 @@ def test_a_killed_run_ends_like_one_that_was_not(config, tmp_path, repo, kill_at
     logged = {row["trainer/global_step"]: row["critic/loss"] for row in history(run / "wandb") if "critic/loss" in row}
     expected = {line["step"]: line["critic/loss"] for line in read_lines(run / "metrics.jsonl")}
     assert logged == pytest.approx(expected)
-    rows = [row["trainer/global_step"] for row in history(run / "wandb")]
-    assert rows == [1, 2, 4] + ([6, 8] if kill_at == 8 else []) + [6, 8, 10, 12]
 
 
 def test_the_checkpoint_carries_the_wandb_id(config, tmp_path) -> None:
@@ -227,25 +221,19 @@ def test_launched_processes_inherit_the_decision(config, tmp_path, monkeypatch) 
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_run_and_one_goes_on(config, tmp_path, repo, monkeypatch) -> None:
     two = tmp_path / "two.yaml"
     strategy = {"class_path": "lightning_t2i.strategies.FSDP2", "init_args": {"replicate": 1, "shard": 2}}
     two.write_text(yaml.safe_dump({"base": "toy.yaml", "trainer": {"devices": 2, "strategy": strategy}}))
-    command = [
-        sys.executable,
-        str(repo / "train.py"),
-        "fit",
-        "--config",
-        str(two),
-        "--fresh",
-        "--trainer.max_steps",
-        "4",
-    ]
+    assert fit(config, "--run", "two", "--trainer.max_steps", "2") == 0
+    words = ["fit", "--config", str(two), "--fresh", "--trainer.max_steps", "4"]
     environment = {**os.environ, "PYTHONPATH": str(repo / "tests" / "helpers")}
-    for _ in range(2):
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("from the beginning") == 1
+    environment.pop(runs.HANDED_DOWN)
+    command = [sys.executable, str(repo / "train.py"), *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("from the beginning") == 1
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["two", "two.1"]  # rank 0 alone moved it
     run = tmp_path / "runs" / "two"
     assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [1, 2, 4]

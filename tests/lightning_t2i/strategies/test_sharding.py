@@ -1,4 +1,4 @@
-"""Sharded networks on two gloo processes: fresh weights in every forward, whole norms, EMA on shards, frozen ones whole."""
+"""Sharded networks on two gloo processes: fresh weights in every forward, whole norms, small frozen ones whole."""
 
 import sys
 from pathlib import Path

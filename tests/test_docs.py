@@ -1,0 +1,299 @@
+"""The documents say what is there: commands parse, files and tests exist, samples are the code, and add-a-method runs.
+
+In add-a-method.md a comment above each block says how it is run: `run: shell`, `run: write FILE`, both optionally
+followed by `needs FOLDER`. Links are checked by tests/test_hygiene.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_t2i.cli.configs import merge
+from lightning_t2i.cli.listing import methods, methods_table
+from lightning_t2i.cli.main import VERBS, parse
+from lightning_t2i.cli.session import Session
+from lightning_t2i.paths import ROOT
+
+DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+TUTORIAL = ROOT / "docs" / "add-a-method.md"
+RUN_VERBS = {"setup", "lint", "test", "--help"}  # of ./run itself
+USERS = ("my_", "my-", "your")  # names that a page invents for its reader's own files
+
+by_name = pytest.mark.parametrize("file", DOCUMENTS, ids=lambda f: f.name)
+
+
+@dataclass
+class Block:
+    """A fenced block: the comment above it, its language and its text."""
+
+    note: str
+    language: str
+    text: str
+
+
+def blocks(markdown: str) -> list[Block]:
+    pattern = r"(?:<!-- *(?P<note>[^\n]*?) *-->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$"
+    return [Block(m["note"] or "", m["language"], m["text"]) for m in re.finditer(pattern, markdown, flags=re.M | re.S)]
+
+
+def written(markdown: str) -> set[str]:
+    """Files that a page makes: by a block, or by train.py new."""
+    found = {m[1] for b in blocks(markdown) if (m := re.match(r"run: write (\S+)", b.note))}
+    for name in re.findall(r"train\.py new (\w+)", markdown):
+        found |= {f"lightning_modules/{name}.py", f"configs/{name}/tiny.yaml"}
+    return found
+
+
+def commands(markdown: str) -> list[list[str]]:
+    """The words of every command in the shell blocks of a page, without comments and settings of variables."""
+    found = []
+    for block in blocks(markdown):
+        if block.language == "bash":
+            for line in block.text.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                while words and re.fullmatch(r"[A-Z][A-Z_0-9]*=.*", words[0]):
+                    words = words[1:]
+                found += [words] if words else []
+    return found
+
+
+# ---- what is named exists ------------------------------------------------------------------------------------------
+
+
+def unknown_tests(markdown: str) -> list[str]:
+    """Tests that are named but not there, as tests/FILE.py::test_NAME or as a file alone."""
+    found = []
+    for path, name in re.findall(r"(tests/[\w/]+\.py)(?:::(\w+))?", markdown):
+        file = ROOT / path
+        if path in written(markdown):
+            continue
+        if not file.is_file() or (name and not re.search(rf"^def {name}\(", file.read_text(), flags=re.M)):
+            found.append(f"{path}::{name}")
+    return found
+
+
+def unknown_files(markdown: str) -> list[str]:
+    """Files of the tree that are named in code font but not there."""
+    folders = "assets|benchmarks|callbacks|configs|constraints|datamodules|docs|lightning_modules|lightning_t2i|tests"
+    named = re.findall(rf"`((?:{folders})/[\w./-]+\.(?:py|yaml|json|md|txt))", markdown)
+    named += re.findall(r"--config (\S+\.yaml)", markdown)
+    return [
+        f
+        for f in named
+        if not (ROOT / f).exists() and f not in written(markdown) and not Path(f).name.startswith(USERS)
+    ]
+
+
+def test_missing_names_are_found() -> None:
+    text = "`tests/test_docs.py::test_missing_names_are_found` tests/test_docs.py::test_no tests/no.py"
+    assert unknown_tests(text) == ["tests/test_docs.py::test_no", "tests/no.py::"]
+    assert unknown_files("`configs/no.yaml` `configs/quickstart.yaml` `docs/my_page.md`") == ["configs/no.yaml"]
+    page = "<!-- run: write configs/a.yaml -->\n```yaml\nx: 1\n```\n`configs/a.yaml`\n```\nb\n```\n"
+    assert blocks(page) == [Block("run: write configs/a.yaml", "yaml", "x: 1\n"), Block("", "", "b\n")]
+    assert unknown_files(page) == []
+    assert commands("```bash\nA=1 ./run fit \\\n  --run 'a b' # why\n```") == [["./run", "fit", "--run", "a b"]]
+
+
+@by_name
+def test_named_tests_exist(file: Path) -> None:
+    assert unknown_tests(file.read_text(encoding="utf-8")) == []
+
+
+@by_name
+def test_named_files_exist(file: Path) -> None:
+    assert unknown_files(file.read_text(encoding="utf-8")) == []
+
+
+# ---- commands ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def session() -> Session:
+    return Session()
+
+
+def wrong_command(words: list[str], session: Session, made: set[str]) -> str | None:
+    """What is wrong with a command of ours; None for one that would start, and for other programs."""
+    if words[:1] == ["./run"] and len(words) > 1 and words[1] in RUN_VERBS:
+        return None
+    if words[:2] == ["python", "-m"]:
+        return None if importlib.util.find_spec(words[2]) else f"no module {words[2]}"
+    if words[:1] == ["python"] and len(words) > 1 and words[1] != "train.py":
+        return None if (ROOT / words[1]).is_file() else f"no file {words[1]}"
+    ours = words[1:] if words[:1] == ["./run"] else words[2:] if words[:2] == ["python", "train.py"] else None
+    if ours is None or ours[0].startswith("-"):
+        return None
+    request = parse(ours)
+    if not request.configs or request.help or any(str(c) in made or c.name.startswith(USERS) for c in request.configs):
+        return None
+    session.parse(merge(request.configs, request.overrides), request.verb)
+    return None
+
+
+@by_name
+def test_commands_would_start(file: Path, session: Session) -> None:
+    """Verbs, options, configs and overrides are parsed as train.py parses them, which raises what is wrong."""
+    markdown = file.read_text(encoding="utf-8")
+    wrong = [(words, wrong_command(words, session, written(markdown))) for words in commands(markdown)]
+    assert [w for w in wrong if w[1]] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "./run fitt --config configs/quickstart.yaml",
+        "python train.py fit --config configs/quickstrat.yaml",
+        "python train.py fit --config configs/quickstart.yaml --trainer.max_step 5",
+        "python -m datamodules.pakc a b",
+        "python benchmarks/none.py",
+    ],
+)
+def test_wrong_commands_are_noticed(line: str, session: Session) -> None:
+    try:
+        complaint = wrong_command(line.split(), session, set())
+    except Exception as error:  # a UserError of train.py's own parser
+        complaint = str(error)
+    assert complaint
+
+
+def test_every_verb_is_described_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [verb for verb in VERBS if f"`{verb}`" not in readme] == []
+
+
+# ---- samples of code -----------------------------------------------------------------------------------------------
+
+
+def differs_from_source(block: Block) -> bool:
+    """Whether a block under `from FILE` is not in that file; its parts are divided by lines of `...`."""
+    source = (ROOT / block.note.removeprefix("from ")).read_text(encoding="utf-8")
+    parts = re.split(r"^ *\.\.\.\n", block.text, flags=re.M)
+    return not all(part.strip("\n") in source for part in parts)
+
+
+@by_name
+def test_samples_are_the_code(file: Path) -> None:
+    samples = [b for b in blocks(file.read_text(encoding="utf-8")) if b.note.startswith("from ")]
+    assert [b.text for b in samples if differs_from_source(b)] == []
+    assert samples or file.name != "README.md"
+
+
+# ---- the list of methods -------------------------------------------------------------------------------------------
+
+
+def published(markdown: str) -> list[str]:
+    """Methods with a row in the table of docs/methods.md: what its first column links to or names in code font."""
+    rows = [line for line in markdown.splitlines() if line.startswith("|")][2:]
+    return [re.search(r"\w+", row.split("|")[1])[0] for row in rows]  # type: ignore[index]
+
+
+def missing(name: str, root: Path = ROOT) -> list[str]:
+    """Files that a published method lacks."""
+    wanted = [
+        f"lightning_modules/{name}.py",
+        f"configs/{name}/tiny.yaml",
+        f"tests/lightning_modules/test_{name}.py",
+        f"lightning_t2i/claims/{name}.py",
+        f"docs/{name}.md",
+        f"docs/results/{name}.json",
+        f"docs/results/{name}.md",
+    ]
+    return [path for path in wanted if not (root / path).is_file()]
+
+
+def test_published_methods_are_complete() -> None:
+    names = published((ROOT / "docs" / "methods.md").read_text(encoding="utf-8"))
+    assert {name: missing(name) for name in names if missing(name)} == {}
+
+
+def test_a_published_method_without_its_parts_is_noticed(tmp_path) -> None:
+    table = "| method | x |\n|---|---|\n| [abc](abc.md) | 1 |\n| `deme` | 2 |\n"
+    assert published(table) == ["abc", "deme"]
+    assert len(missing("abc", tmp_path)) == 7
+    assert published("none\n") == []
+
+
+def test_every_method_file_is_listed() -> None:
+    """Either as published or among those that make teachers; nothing is published by accident."""
+    markdown = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert [name for name in methods() if f"{name}.py" not in markdown and name not in published(markdown)] == []
+    shown = {line.split()[0]: "(not published)" not in line for line in methods_table().splitlines()}
+    if published(markdown):  # with an empty table nothing is marked
+        assert {name for name, is_published in shown.items() if is_published} == set(published(markdown))
+
+
+# ---- the tutorial, executed ----------------------------------------------------------------------------------------
+
+
+def copy_of_the_tree(folder: Path) -> Path:
+    """What add-a-method needs of the repository, so that nothing is written into it."""
+    for name in ("lightning_t2i", "lightning_modules", "callbacks", "datamodules", "configs", "assets"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "tests" / "lightning_modules").mkdir(parents=True)
+    for name in ("train.py", "pyproject.toml", "tests/conftest.py"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def run_page(markdown: str, folder: Path, environment: dict[str, str]) -> list[str]:
+    """Runs the marked blocks in order; returns the shell blocks that were left out since a folder is missing."""
+    left_out = []
+    for block in blocks(markdown):
+        what, _, needed = block.note.removeprefix("run: ").partition(" needs ")
+        if needed and not any((folder / needed).glob("*.json")):
+            left_out.append(f"{needed} is missing")
+        elif what.startswith("write "):
+            target = folder / what.removeprefix("write ")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(block.text, encoding="utf-8")
+        elif what == "shell":
+            done = subprocess.run(
+                ["bash", "-euc", block.text], cwd=folder, env=environment, capture_output=True, text=True, timeout=280
+            )
+            assert done.returncode == 0, f"{block.text}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+        else:
+            raise AssertionError(f"the comment above this block does not say how it is run: {block}")
+    return left_out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_add_a_method_runs_as_written(tmp_path) -> None:
+    folder = copy_of_the_tree(tmp_path / "copy")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("LIGHTNING_T2I_", "SLURM_", "PYTEST_"))}
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # `python` is this one
+        "LIGHTNING_T2I_RUNS": str(tmp_path / "runs"),
+        "LIGHTNING_T2I_DATA": os.environ.get("LIGHTNING_T2I_DATA", str(ROOT / "data")),  # the worlds are made once
+        "PYTHONPATH": str(folder),
+    }
+    left_out = run_page(TUTORIAL.read_text(encoding="utf-8"), folder, environment)
+    assert (tmp_path / "runs" / "my_method-0" / "report.md").is_file()
+    config = yaml.safe_load((tmp_path / "runs" / "my_method-0" / "config.yaml").read_text())
+    assert config["model"]["class_path"] == "lightning_modules.my_method.MyMethod"
+    if left_out:
+        pytest.skip(left_out[0])
+    lines = (tmp_path / "runs" / "my_method-1" / "metrics.jsonl").read_text()
+    for name in ("student/loss", "student/gap", "fake/loss", "val/gap", "health/student_std"):
+        assert f'"{name}"' in lines
+    assert (tmp_path / "runs" / "my_method-1" / "checkpoints" / "step-00000008").is_dir()
+    assert list((tmp_path / "runs" / "my_method-1" / "samples").glob("*.png"))
+
+
+def test_a_block_without_its_comment_is_an_error(tmp_path) -> None:
+    with pytest.raises(AssertionError, match="does not say how"):
+        run_page("```bash\ntrue\n```\n", tmp_path, {})
+    with pytest.raises(AssertionError, match="false"):
+        run_page("<!-- run: shell -->\n```bash\nfalse\n```\n", tmp_path, dict(os.environ))
+    assert run_page("<!-- run: shell needs x -->\n```bash\nfalse\n```\n", tmp_path, {}) == ["x is missing"]

@@ -165,7 +165,7 @@ class Wandb(WandbLogger):
             try:
                 arguments = {k: v for k, v in self._wandb_init.items() if v is not None}
                 self._experiment = wandb.init(**arguments, settings=quiet)
-            except wandb.errors.UsageError as error:
+            except wandb.errors.Error as error:
                 raise UserError(
                     "W&B could not start",
                     where="tracking.wandb",

@@ -259,7 +259,7 @@ def run_page(markdown: str, folder: Path, environment: dict[str, str]) -> list[s
             target.write_text(block.text, encoding="utf-8")
         elif what == "shell":
             done = subprocess.run(
-                ["bash", "-euc", block.text], cwd=folder, env=environment, capture_output=True, text=True, timeout=280
+                ["bash", "-euc", block.text], cwd=folder, env=environment, capture_output=True, text=True, timeout=900
             )
             assert done.returncode == 0, f"{block.text}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
         else:
@@ -268,7 +268,7 @@ def run_page(markdown: str, folder: Path, environment: dict[str, str]) -> list[s
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_add_a_method_runs_as_written(tmp_path) -> None:
     folder = copy_of_the_tree(tmp_path / "copy")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("LIGHTNING_T2I_", "SLURM_", "PYTEST_"))}

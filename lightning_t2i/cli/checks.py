@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lightning_t2i.cli.configs import Merged
-from lightning_t2i.cli.errors import descend
+from lightning_t2i.cli.explain import descend
 from lightning_t2i.errors import UserError
 
 # trainer option -> (values that are fine, what takes its place)

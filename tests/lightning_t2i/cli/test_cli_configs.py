@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import yaml
 
 from lightning_t2i.cli.configs import flatten, merge, read_yaml
 
@@ -174,18 +173,3 @@ def test_anchors_and_merge_keys_work_and_share_nothing(tmp_path) -> None:
 def test_broken_files_are_errors_not_tracebacks(tmp_path) -> None:
     for text, message in (("a: [1", "not readable"), ("- 1", "must be a mapping"), ("base: 3", "list of files")):
         assert message in str(merged(tmp_path, main=text).errors[0])
-
-
-def shipped() -> list[str]:
-    root = Path(__file__).resolve().parents[3]
-    return [str(f.relative_to(root)) for f in sorted((root / "configs").rglob("*.yaml"))]
-
-
-@pytest.mark.parametrize("name", shipped())
-def test_shipped_configs_state_differences_only(repo, name) -> None:
-    text = (repo / name).read_text()
-    assert len(text.splitlines()) <= 40
-    assert text.startswith("# ")
-    found = merge([repo / name])
-    assert found.errors == []
-    yaml.safe_dump(found.config)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from functools import cache
-from pathlib import Path
 
 import pytest
 import yaml
@@ -176,6 +175,25 @@ def test_several_mistakes_of_constructors_are_told_together() -> None:
     assert all(any(key in text for text in found) for key in keys), found
 
 
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("from torch import nothing_like_it", "cannot import name 'nothing_like_it'"),
+        ("import nothing_like_it", "No module named 'nothing_like_it'"),
+        ("x = = 1", "SyntaxError"),
+        ("x = undefined", "NameError: name 'undefined' is not defined"),
+    ],
+)
+@pytest.mark.parametrize("key", ["model", "model.init_args.critic.optimizer"])
+def test_a_module_that_fails_to_import_says_why(tmp_path, monkeypatch, key, code, reason) -> None:
+    name = f"broken_{abs(hash((code, key)))}"
+    (tmp_path / f"{name}.py").write_text(f"{code}\n\nclass Thing:\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = mistakes({key: {"class_path": f"{name}.Thing"}})
+    assert len(found) == 1 and "cannot be imported" in found[0] and reason in found[0], found
+    assert f"{key}.class_path (bad.yaml)" in found[0] and f"import {name}" in found[0]
+
+
 def test_many_mistakes_end() -> None:
     found = mistakes({f"trainer.wrong_{i}": i for i in range(30)})
     assert 15 <= len(found) <= 21
@@ -215,16 +233,3 @@ def test_the_data_follow_the_methods_seed_and_accumulation() -> None:
     session().parse(found, "fit")
     session().construct()
     assert session().data.seed == session().method.common.seed == 3
-
-
-def shipped() -> list[str]:
-    root = Path(__file__).resolve().parents[3]
-    files = sorted((root / "configs").rglob("*.yaml"))
-    return [str(f.relative_to(root)) for f in files if "model" in merge([f]).config and "data" in merge([f]).config]
-
-
-@pytest.mark.parametrize("name", shipped())
-def test_shipped_configs_parse(repo, name, monkeypatch) -> None:
-    monkeypatch.chdir(repo)
-    resolved = session().parse(merge([repo / name]), "fit")
-    assert resolved["trainer"]["max_steps"] > 0

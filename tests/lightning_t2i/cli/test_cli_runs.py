@@ -34,9 +34,9 @@ CONFIG = {
 def config(tmp_path, monkeypatch) -> Path:
     """A config file whose runs land in tmp_path/runs, which is also the working directory's."""
     monkeypatch.setenv("LIGHTNING_T2I_RUNS", str(tmp_path / "runs"))
-    for name in [n for n in os.environ if n.startswith(("SLURM_", "TORCHELASTIC_")) or n in ("RANK", "LOCAL_RANK")]:
+    inherited = ("RANK", "LOCAL_RANK", "WANDB_SERVICE", runs.HANDED_DOWN)
+    for name in [n for n in os.environ if n.startswith(("SLURM_", "TORCHELASTIC_")) or n in inherited]:
         monkeypatch.delenv(name)
-    monkeypatch.delenv(runs.HANDED_DOWN, raising=False)
     file = tmp_path / "toy.yaml"
     file.write_text(yaml.safe_dump(CONFIG))
     return file
@@ -229,7 +229,7 @@ def test_two_processes_train_one_run_and_one_goes_on(config, tmp_path, repo, mon
     assert fit(config, "--run", "two", "--trainer.max_steps", "2") == 0
     words = ["fit", "--config", str(two), "--fresh", "--trainer.max_steps", "4"]
     environment = {**os.environ, "PYTHONPATH": str(repo / "tests" / "helpers")}
-    environment.pop(runs.HANDED_DOWN)
+    environment.pop(runs.HANDED_DOWN, None)
     command = [sys.executable, str(repo / "train.py"), *words]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr

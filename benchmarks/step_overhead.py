@@ -2,7 +2,7 @@
 
     python benchmarks/step_overhead.py [--targets 5 20 50] [--pairs 20] [--block 10] [--repeats 3]
 
-Both train a stack of convolutions on [16, 4, 8, 8] latents with the DDPM noise loss, AdamW and the gradient clipped to
+Both train a stack of convolutions on [4, 4, 8, 8] latents with the DDPM noise loss, AdamW and the gradient clipped to
 norm 1. The bare loop draws with torch.randn and logs nothing. Ours is a MethodModule in Lightning's Trainer as train.py
 builds it, with keyed draws, the check for finite losses, throughput counters and a line in metrics.jsonl every ten
 training steps; it draws no progress bar and no pictures and saves nothing.
@@ -40,7 +40,7 @@ from lightning_t2i.networks.denoiser import Denoiser
 from lightning_t2i.options import GroupOptions, MethodOptions
 from lightning_t2i.processes import DDPM, Uniform
 
-BATCH, SHAPE, WIDTH, CLIP = 16, (4, 8, 8), 32, 1.0
+BATCH, SHAPE, WIDTH, CLIP = 4, (4, 8, 8), 64, 1.0  # about the work per picture of the tiny teacher
 WARM_UP = 5  # steps before the first block: allocation, caches, optimizer states
 
 

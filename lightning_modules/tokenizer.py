@@ -1,10 +1,10 @@
 """Tokenizer: autoencoders that turn pictures into latents, continuous (KL) or discrete (VQ).
 
     z = E(x),  x' = D(z)
-    L_KL = |x - x'| + |x - x'|^2 + beta KL(q(z|x) || N(0, I)) + lambda |phi(x) - phi(x')|^2    (arXiv 2112.10752, G)
+    L_KL = |x - x'| + |x - x'|^2 + beta KL(q(z|x) || N(0, I)) + lambda d(x', x)    (arXiv 2112.10752, G)
     L_VQ = |x - x'| + |x - x'|^2 + |sg(E(x)) - e|^2 + 0.25 |E(x) - sg(e)|^2 + the same lambda  (arXiv 1711.00937, 3)
 
-    x [B, 3, H, W] in [-1, 1]; z [B, C, h, w]; e the nearest codebook vectors; phi features of a frozen network.
+    x [B, 3, H, W] in [-1, 1]; z [B, C, h, w]; e the nearest codebook vectors; d a frozen perceptual distance.
 
 Deviations: no adversarial term, since the tiny pictures have no texture that needs one; all errors are means over
 elements where the reference sums over a picture. The exported KL autoencoder carries the scaling factor that gives its
@@ -24,8 +24,8 @@ from torch import Tensor
 from lightning_t2i.batch import Batch
 from lightning_t2i.frozen import folder_identity
 from lightning_t2i.method import MethodModule
-from lightning_t2i.networks.classifier import ShapesClassifier
 from lightning_t2i.networks.load import build_network
+from lightning_t2i.networks.perceptual import PerceptualNetwork
 from lightning_t2i.options import GroupOptions, MethodOptions
 from lightning_t2i.paths import resolve
 
@@ -40,11 +40,6 @@ def kl_loss(mean: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
 
-def feature_loss(features: Tensor, target: Tensor) -> Tensor:
-    """Mean squared distance of features [B, D]."""
-    return (features - target).square().mean()
-
-
 class Tokenizer(MethodModule):
     """Trains an AutoencoderKL or a VQModel of diffusers.
 
@@ -53,7 +48,7 @@ class Tokenizer(MethodModule):
         kl_weight: beta, weight of the KL term.
         train_encoder: false keeps the latents as they are and improves the decoder alone, as models that were trained
             on the latents need it.
-        perceptual: folder of a frozen feature network, or null for none.
+        perceptual: folder of a PerceptualNetwork, or null for none.
         perceptual_weight: lambda.
         autoencoder: how the autoencoder is updated.
         common: options of the engine.
@@ -81,7 +76,7 @@ class Tokenizer(MethodModule):
             part.requires_grad_(False)
         if self.perceptual is not None:
             folder = resolve(self.perceptual)
-            self.add_frozen("phi", ShapesClassifier.from_pretrained(folder), folder_identity(folder))
+            self.add_frozen("distance", PerceptualNetwork.from_pretrained(folder), folder_identity(folder))
         self.add_group("autoencoder", autoencoder, self.options)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -90,7 +85,7 @@ class Tokenizer(MethodModule):
         y, regulariser = self.discrete_pass(x) if self.discrete else self.gaussian_pass(x, positions)
         loss = reconstruction_loss(x, y) + regulariser
         if self.perceptual is not None:
-            loss = loss + self.perceptual_weight * feature_loss(self.phi.features(y), self.phi.features(x))
+            loss = loss + self.perceptual_weight * self.distance(y, x).mean()
         self.backward("autoencoder", loss, regulariser=regulariser, psnr=psnr(x, y))
 
     def gaussian_pass(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,6 +118,7 @@ class Tokenizer(MethodModule):
     def export(self, folder: Path, batches: Iterable[Batch]) -> None:
         """Writes the diffusers folder, fp16, with the scale that gives the latents of `batches` unit deviation."""
         autoencoder: Any = copy.deepcopy(self.generator_of("autoencoder"))
+        autoencoder.register_to_config(_name_or_path="")  # where it was read from is nobody else's business
         if not self.discrete and self.train_encoder:  # else the latents, and with them their scale, are as before
             z = torch.cat([autoencoder.encode(b["main"].image).latent_dist.mean for b in batches])
             autoencoder.register_to_config(scaling_factor=1 / float(z.std()))

@@ -46,23 +46,33 @@ _TAIL = (
 )  # fmt: skip
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 on int64 tensors that hold 32-bit words; broadcasts the four counter words."""
-    x0, x1, x2, x3 = counter
-    k0, k1 = key
-    for _ in range(_ROUNDS):
+def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
+    """Philox4x32-10 of int64 counters [4, ...] that hold 32-bit words; the words of a block come out as [4, ...].
+
+    In each round (x0, x1, x2, x3) becomes (hi(b x2) ^ x1 ^ k0, lo(b x2), hi(a x0) ^ x3 ^ k1, lo(a x0)). The pairs
+    (x0, x2) and (x1, x3) are one tensor each: half the number of operations.
+    """
+    ones = [1] * (counter.dim() - 1)
+    multiplier = torch.tensor(_MULTIPLIERS, device=counter.device).view(2, *ones)
+    rounds = [[(k + r * w) & _WORD for k, w in zip(key, _WEYL, strict=True)] for r in range(_ROUNDS)]
+    keys = torch.tensor(rounds, device=counter.device).view(_ROUNDS, 2, *ones)
+    even, odd = counter[0::2], counter[1::2]
+    for r in range(_ROUNDS):
         # An unsigned 32 x 32 bit product may wrap into the sign of int64; shift and mask still read its two halves.
-        p0, p1 = x0 * _MULTIPLIERS[0], x2 * _MULTIPLIERS[1]
-        x0, x1, x2, x3 = ((p1 >> 32) & _WORD) ^ x1 ^ k0, p1 & _WORD, ((p0 >> 32) & _WORD) ^ x3 ^ k1, p0 & _WORD
-        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
-    return x0, x1, x2, x3
+        product = (even * multiplier).flip(0)
+        even, odd = (product >> 32).bitwise_and_(_WORD).bitwise_xor_(odd).bitwise_xor_(keys[r]), product & _WORD
+    return torch.stack([even, odd], dim=1).flatten(0, 1)
+
+
+def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
+    value = x * coefficients[0]
+    for c in coefficients[1:-1]:
+        value.add_(c).mul_(x)
+    return value.add_(coefficients[-1])
 
 
 def _rational(coefficients: tuple[tuple[float, ...], tuple[float, ...]], x: Tensor) -> Tensor:
-    top, bottom = (torch.full_like(x, c[0]) for c in coefficients)
-    for a, b in zip(coefficients[0][1:], coefficients[1][1:], strict=True):
-        top, bottom = top * x + a, bottom * x + b
-    return top / bottom
+    return _polynomial(coefficients[0], x).div_(_polynomial(coefficients[1], x))
 
 
 def _log(x: Tensor) -> Tensor:
@@ -125,18 +135,21 @@ class Keys:
         digest = hashlib.blake2b(f"{self.seed}\0{self.namespace}\0{stream}".encode(), digest_size=8).digest()
         key = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
         positions = positions.to(torch.int64)
-        blocks = torch.arange(-(-count // 4), device=positions.device)
-        step = torch.tensor(self.step & _WORD, device=positions.device)
-        low, high = positions[:, None] & _WORD, (positions[:, None] >> 32) & _WORD
-        words = philox((blocks[None], step, low, high), key)
-        shape = torch.broadcast_shapes(*(w.shape for w in words))
-        return torch.stack([w.expand(shape) for w in words], dim=-1).flatten(1)[:, :count]
+        blocks = -(-count // 4)
+        counter = positions.new_empty(4, len(positions), blocks)
+        counter[0], counter[1] = torch.arange(blocks, device=positions.device), self.step & _WORD
+        counter[2], counter[3] = positions[:, None] & _WORD, (positions[:, None] >> 32) & _WORD
+        return philox(counter, key).permute(1, 2, 0).reshape(len(positions), 4 * blocks)[:, :count]
+
+    def _open_unit(self, stream: str, positions: Tensor, count: int) -> Tensor:
+        """float64 [B, count] in (0, 1): the centres of 2^32 equal intervals."""
+        return self.words(stream, positions, count).to(torch.float64).add_(0.5).mul_(2.0**-32)
 
     def uniform(
         self, stream: str, positions: Tensor, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """Uniform draws in the open interval (0, 1): [B, *shape]."""
-        u = (self.words(stream, positions, math.prod(shape)).to(torch.float64) + 0.5) / 2**32
+        u = self._open_unit(stream, positions, math.prod(shape))
         if dtype != torch.float64:  # rounding could reach 1
             u = u.clamp(max=1 - torch.finfo(dtype).eps / 2)
         return u.to(dtype).view(len(positions), *shape)
@@ -145,7 +158,7 @@ class Keys:
         self, stream: str, positions: Tensor, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """Standard normal draws: [B, *shape]."""
-        u = (self.words(stream, positions, math.prod(shape)).to(torch.float64) + 0.5) / 2**32
+        u = self._open_unit(stream, positions, math.prod(shape))
         return inverse_normal_cdf(u).to(dtype).view(len(positions), *shape)
 
     def integers(self, stream: str, positions: Tensor, low: int, high: int, shape: tuple[int, ...] = ()) -> Tensor:
@@ -167,4 +180,6 @@ class Keys:
         value = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
         random.seed(value)
         np.random.seed(value & _WORD)
-        torch.manual_seed(value)
+        torch.default_generator.manual_seed(value)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed(value)

@@ -29,7 +29,7 @@ def series(lines: Sequence[dict[str, Any]]) -> dict[str, tuple[list[int], list[f
 
 def importance(name: str) -> int:
     """Losses and scores first, then learning rates and speed."""
-    order = ("loss", "eval/", "val", "grad_norm")
+    order = ("loss", "val", "grad_norm")
     return next((i for i, part in enumerate(order) if part in name), len(order))
 
 

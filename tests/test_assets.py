@@ -48,6 +48,16 @@ def test_all_weights_are_small_fp16_safetensors():
     assert not [f for f in TINY.rglob("*") if f.suffix in {".bin", ".pt", ".ckpt", ".pkl"}]
 
 
+def test_no_config_tells_where_it_was_made():
+    for file in TINY.rglob("*.json"):
+        assert not json.loads(file.read_text()).get("_name_or_path"), file
+
+
+def test_the_pipeline_holds_the_shipped_autoencoder():
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        assert (TINY / "sd/vae" / name).read_bytes() == (TINY / "vae" / name).read_bytes()
+
+
 def test_each_folder_says_how_it_was_made():
     for folder in ("vae", "classifier", "sd", "tokenizers"):
         text = (TINY / folder / "README.md").read_text()

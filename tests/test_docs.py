@@ -189,6 +189,12 @@ def test_samples_are_the_code(file: Path) -> None:
     assert samples or file.name != "README.md"
 
 
+def test_a_changed_sample_is_noticed() -> None:
+    lines = (ROOT / "train.py").read_text(encoding="utf-8").splitlines(keepends=True)
+    assert not differs_from_source(Block("from train.py", "python", lines[2] + "...\n" + lines[-1]))
+    assert differs_from_source(Block("from train.py", "python", lines[-1].replace("main", "mian")))
+
+
 # ---- the list of methods -------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ def banner(session: Any, run: Run, tracking: TrackingOptions) -> str:
     method, trainer = session.method, session.trainer
     kind = type(method)
     title = (sys.modules[kind.__module__].__doc__ or kind.__name__).strip().splitlines()[0]
-    paper = re.search(r"arXiv[ :]*(\d{4}\.\d{4,5})", sys.modules[kind.__module__].__doc__ or "")
+    paper = re.search(r"arXiv[ :]*(\d{4}\.\d{4,5})", title)
     rows = {
         "method": title.rstrip("."),
         "class": f"{kind.__module__}.{kind.__qualname__}" + (f", https://arxiv.org/abs/{paper[1]}" if paper else ""),
@@ -26,7 +26,7 @@ def banner(session: Any, run: Run, tracking: TrackingOptions) -> str:
         "precision": method.common.precision,
         "strategy": strategy_line(trainer),
         "steps": f"{run.step} of {trainer.max_steps}" if trainer.max_steps > 0 else str(run.step),
-        "start": f"resumed from {show(run.resume.resolve())}" if run.resume else "from the beginning",
+        "start": f"from {show(run.resume.resolve())}" if run.resume else "from the beginning",
         "run": f"{show(run.folder.resolve())}  (seed {method.common.seed})",
         "W&B": tracking.wandb,
     }

@@ -62,14 +62,12 @@ def parse_all(parser: ArgumentParser, merged: Merged) -> tuple[Namespace | None,
             return parser.parse_object(deepcopy(work.config)), errors
         except (ArgumentError, TypeError, ValueError, KeyError) as error:
             path, mistake = explain(str(error), parser, work)
-        if path in dropped or any(
-            path[: len(d)] == d or d[: len(path)] == path for d in dropped if "required" in mistake.what
-        ):
-            break
-        if not (mistake.what == "A value is missing" and any(d[: len(path)] == path for d in dropped)):
+        if path not in dropped:  # else it is missing because it was dropped
             errors.append(mistake)
-        dropped.append(path)
-        if not drop(work.config, path):
+            dropped.append(path)
+        while path and not drop(work.config, path):  # of a value that is missing, the class around it goes
+            path = path[:-1]
+        if not path:
             break
     return None, errors
 
@@ -78,14 +76,11 @@ def drop(config: dict[str, Any], path: list[str]) -> bool:
     """Removes the value at a path; False when there is none."""
     node: Any = config
     for part in path[:-1]:
-        node = (
-            node[int(part)]
-            if isinstance(node, list) and part.isdigit()
-            else node.get(part)
-            if isinstance(node, Mapping)
-            else None
-        )
-    if isinstance(node, dict) and path and path[-1] in node:
+        if isinstance(node, list):
+            node = node[int(part)]
+        elif isinstance(node, Mapping):
+            node = node.get(part)
+    if isinstance(node, dict) and path[-1] in node:
         del node[path[-1]]
         return True
     return False

@@ -36,8 +36,8 @@ def descend(config: Any, keys: Iterable[str]) -> tuple[list[str], Any]:
     path: list[str] = []
     for key in keys:
         for part in key.split("."):
-            if isinstance(config, Mapping) and part not in config and isinstance(config.get("init_args"), Mapping):
-                path, config = [*path, "init_args"], config["init_args"]
+            if isinstance(config, Mapping) and "class_path" in config and part not in (*config, "init_args"):
+                path, config = [*path, "init_args"], config.get("init_args")
             path = [*path, part]
             if isinstance(config, list) and part.isdigit() and int(part) < len(config):
                 config = config[int(part)]
@@ -84,11 +84,9 @@ def explain(message: str, parser: ArgumentParser, merged: Merged) -> tuple[list[
     if leaf is None:
         return path, _wrong_value(path, value, _inner(message, end), merged)
     if leaf["required"] or leaf["required_key"]:
-        name = (leaf["required"] or leaf["required_key"]).rstrip(",")
-        where = ".".join([*path, name])
-        return [*path, name], UserError(
-            "A value is missing", where=where, fix=f"give it in the config, or as --{where} VALUE"
-        )
+        path = descend(merged.config, [*keys, (leaf["required"] or leaf["required_key"]).rstrip(",")])[0]
+        where = ".".join(path)
+        return path, UserError("A value is missing", where=where, fix=f"give it in the config, or as --{where} VALUE")
     if leaf["unknown"]:
         return _unknown_key(path, value, leaf, parser, message, merged)
     return _unknown_class(path, value, leaf, merged)
@@ -148,7 +146,9 @@ def _unknown_key(
     if len(names) > 12:
         names = [*sorted(names, key=lambda n: -SequenceMatcher(None, n, top).ratio())[:6], f"and {len(names) - 6} more"]
     fix = f"write {near} instead of {top}" if near else f"remove {top}"
-    return head, UserError("Unknown key", where=_at(head, merged), given=given, allowed=", ".join(names), fix=fix)
+    return head, UserError(
+        "Unknown key", where=_at(head, merged), given=given, allowed=", ".join(names) or None, fix=fix
+    )
 
 
 def _unknown_class(path: list[str], value: Any, leaf: re.Match[str], merged: Merged) -> tuple[list[str], UserError]:

@@ -1,4 +1,4 @@
-"""export: a trained run to the stock folder of its method."""
+"""export: a trained run to the stock folder of its method, or a published EDM snapshot to a model folder."""
 
 from __future__ import annotations
 
@@ -15,14 +15,22 @@ from lightning_t2i.state_io import AtomicCheckpointIO, newest
 def export(request: Request) -> int:
     """Writes `train.py export OUT --run NAME [--ckpt_path FOLDER]`: the averaged weights of a checkpoint.
 
+    `train.py export OUT --from-edm FILE` needs no run: it converts a network snapshot of EDM.
+
     Raises:
-        UserError: no folder named, it exists, no checkpoint, or a method without an export.
+        UserError: no folder named, it exists, no checkpoint, a method without an export, or no such snapshot.
     """
     if len(request.positional) != 1:
         raise UserError("export takes one folder", given=request.positional, fix="train.py export OUT --run NAME")
     out = Path(request.positional[0])
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError("The export folder exists", where="OUT", given=out, fix="name a new folder or remove it")
+    if request.from_edm is not None:
+        from lightning_t2i.networks.edm_snapshot import LICENCE, convert_snapshot
+
+        convert_snapshot(request.from_edm, out)
+        print(f"exported {request.from_edm} to {out}\nlicence of EDM's published weights: {LICENCE}")
+        return 0
     if (found := opened(request)) is None:
         return 0
     session, _ = found

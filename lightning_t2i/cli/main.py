@@ -24,7 +24,7 @@ VERBS = {
     "validate": ("lightning_t2i.cli.verbs:validate", "validation loop on a run's newest checkpoint"),
     "test": ("lightning_t2i.cli.verbs:test", "test loop on a run's newest checkpoint"),
     "predict": ("lightning_t2i.cli.verbs:predict", "predict loop on a run's newest checkpoint"),
-    "export": ("lightning_t2i.cli.export:export", "export OUT --run NAME: the run's stock diffusers folder"),
+    "export": ("lightning_t2i.cli.export:export", "export OUT --run NAME | --from-edm FILE: a stock model folder"),
     "new": ("lightning_t2i.cli.new:new", "new NAME --from METHOD: a method of your own that runs at once"),
     "list": ("lightning_t2i.cli.main:list_all", "methods and configs of this repository"),
 }
@@ -34,9 +34,9 @@ VERBS = {
 class Request:
     """A parsed command line.
 
-    verb: what to do; configs: files of --config in order; run, fresh, ckpt_path, print_config, debug: the options of
-    the same names; positional: words after the verb; overrides: (dotted key, text) in order, the text None for a flag;
-    help: arguments of a help request, such as ["--help"] or ["--model.help", "lightning_modules.diffusion.Diffusion"].
+    verb: what to do; configs: files of --config in order; run, fresh, ckpt_path, print_config, from_edm, debug: the
+    options of the same names; positional: words after the verb; overrides: (dotted key, text) in order, the text None
+    for a flag; help: arguments of a help request, such as ["--help"] or ["--model.help", "lightning_modules.a.A"].
     """
 
     verb: str
@@ -47,6 +47,7 @@ class Request:
     print_config: bool = False
     debug: bool = False
     parent: str | None = None
+    from_edm: Path | None = None
     positional: list[str] = field(default_factory=list)
     overrides: list[tuple[str, str | None]] = field(default_factory=list)
     help: list[str] = field(default_factory=list)
@@ -56,11 +57,12 @@ def options() -> argparse.ArgumentParser:
     """The options that every verb takes; dotted keys of the config are read beside them."""
     parser = argparse.ArgumentParser("train.py", add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
     parser.add_argument("-c", "--config", dest="configs", action="append", default=[], type=Path, metavar="FILE")
-    parser.add_argument("--run", metavar="NAME", help="run folder runs/NAME (default: the last config's stem)")
+    parser.add_argument("--run", metavar="NAME", help="run folder runs/NAME (default: METHOD-EXPERIMENT of the config)")
     parser.add_argument("--fresh", action="store_true", help="start again; an existing run folder is moved aside")
     parser.add_argument("--ckpt_path", type=Path, metavar="FOLDER", help="checkpoint for validate, test and predict")
     parser.add_argument("--print_config", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--from", dest="parent", metavar="METHOD", help="method that `new` derives from")
+    parser.add_argument("--from-edm", type=Path, metavar="FILE", help="network snapshot of EDM that `export` converts")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -107,6 +109,10 @@ def parse(arguments: Sequence[str]) -> Request:
     request.verb, request.positional = words[0], words[1:]
     if request.verb not in VERBS:
         raise UserError("Unknown verb", given=request.verb, allowed=VERBS, fix="python train.py --help")
+    if request.from_edm is not None and request.verb != "export":
+        raise UserError(
+            "Only export converts a snapshot", where="--from-edm", fix="train.py export OUT --from-edm FILE"
+        )
     if request.positional and request.verb not in ("new", "export"):
         near = closest(request.positional[0], VERBS)
         raise UserError(

@@ -62,7 +62,7 @@ def runs_root() -> Path:
 
 
 def run_name(explicit: str | None, configs: list[Path]) -> str:
-    """`--run`, else the id of the SLURM job (of an array's task), else the stem of the last config."""
+    """`--run`, else the id of the SLURM job (of an array's task), else the last config's name."""
     if explicit is not None:
         if not explicit or Path(explicit).name != explicit:
             raise UserError("A run's name must be a single folder name", where="--run", given=explicit)
@@ -72,7 +72,14 @@ def run_name(explicit: str | None, configs: list[Path]) -> str:
         return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job
     if not configs:
         raise UserError("No config and no run was named", fix="--config configs/quickstart.yaml")
-    return configs[-1].stem
+    return config_name(configs[-1])
+
+
+def config_name(config: Path) -> str:
+    """`METHOD-EXPERIMENT` of a config in configs/METHOD, so that methods do not share a name; any other's stem."""
+    inside = ROOT / "configs"
+    path = config.resolve()
+    return "-".join(path.relative_to(inside).with_suffix("").parts) if path.is_relative_to(inside) else path.stem
 
 
 def rank() -> int:

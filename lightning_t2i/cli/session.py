@@ -17,6 +17,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from callbacks.checkpoints import CheckpointOptions, Checkpoints
 from callbacks.eval_metrics import EvalMetrics, EvalOptions
+from callbacks.health import Health, HealthOptions
 from callbacks.sample_grid import SampleGrid, SampleOptions
 from callbacks.throughput import Throughput, ThroughputOptions
 from lightning_t2i.cli.checks import semantic
@@ -35,6 +36,7 @@ STANDARD: dict[str, tuple[type, Callable[[Path, Any], L.Callback]]] = {
     "throughput": (ThroughputOptions, lambda folder, options: Throughput(options)),
     "samples": (SampleOptions, lambda folder, options: SampleGrid(options)),
     "eval": (EvalOptions, lambda folder, options: EvalMetrics(options)),
+    "health": (HealthOptions, lambda folder, options: Health(options)),
     "checkpoints": (CheckpointOptions, lambda folder, options: Checkpoints(folder / "checkpoints", options)),
 }
 SECTIONS = {"tracking": TrackingOptions} | {key: options for key, (options, _) in STANDARD.items()}
@@ -231,8 +233,13 @@ def _without_unnamed(config: Any) -> Any:
     return [_without_unnamed(v) for v in config] if isinstance(config, list) else config
 
 
+def _not_the_missing_kernel(record: logging.LogRecord) -> bool:
+    return "gemm_4bit_forward" not in record.getMessage()  # an optional speed-up that nothing here needs
+
+
 def quiet(debug: bool = False) -> None:
     """Hides what the libraries say of our deliberate choices; the banner tells the rest."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_not_the_missing_kernel)
     for message in HARMLESS:
         warnings.filterwarnings("ignore", message=message)
     if not debug:

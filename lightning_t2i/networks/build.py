@@ -54,12 +54,14 @@ def save_pipeline(folder: Path, denoiser: Denoiser, codec: LatentCodec, text: Te
     """
     from diffusers import StableDiffusionPipeline
 
-    unet = copy.deepcopy(denoiser.backbone)
+    unet, vae = copy.deepcopy(denoiser.backbone), copy.deepcopy(codec.vae)
+    for network in (unet, vae):
+        network.register_to_config(_name_or_path="")  # where it was read from is nobody else's business
     if getattr(unet, "peft_config", None):
         unet.fuse_lora()
         unet.unload_lora()
     pipeline = StableDiffusionPipeline(
-        vae=copy.deepcopy(codec.vae),
+        vae=vae,
         text_encoder=copy.deepcopy(text.clip) if text is not None else None,
         tokenizer=text._clip_tokenizer if text is not None else None,
         unet=unet,

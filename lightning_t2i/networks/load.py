@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from lightning_t2i.processes.base import Process
 from lightning_t2i.processes.schedulers import from_scheduler
 
 BACKBONES = ("unet", "transformer")
+# Networks of this repository that are built and loaded like diffusers' own: class name -> module.
+OURS = {"SongUNet": "lightning_t2i.networks.edm_unets", "DhariwalUNet": "lightning_t2i.networks.edm_unets"}
 
 
 def locate(path: str | Path) -> str:
@@ -91,15 +94,17 @@ def load_process(path: str | Path, revision: str | None = None) -> tuple[Process
 
 
 def model_class(config: dict[str, Any]) -> Any:
-    """The diffusers or transformers class that a config names by `_class_name` (transformers: or `architectures`).
+    """The class that a config names by `_class_name` (transformers: or `architectures`): of OURS or of the libraries.
 
     Raises:
-        UserError: neither library has it.
+        UserError: neither library has it, nor this repository.
     """
     import diffusers
     import transformers
 
     name = config.get("_class_name") or next(iter(config.get("architectures") or []), "")
+    if name in OURS:
+        return getattr(importlib.import_module(OURS[name]), name)
     for library in (diffusers, transformers):
         if name and hasattr(library, name):
             return getattr(library, name)

@@ -9,9 +9,9 @@ import torch
 from pictures import Pictures, fit, records
 from toy import adam
 
-from lightning_modules.tokenizer import Tokenizer, feature_loss, kl_loss, psnr, reconstruction_loss
-from lightning_t2i.networks.classifier import ClassifierConfig, ShapesClassifier
+from lightning_modules.tokenizer import Tokenizer, kl_loss, psnr, reconstruction_loss
 from lightning_t2i.networks.codec import LatentCodec
+from lightning_t2i.networks.perceptual import PerceptualConfig, PerceptualNetwork
 from lightning_t2i.options import EMAOptions, GroupOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .* does not have many workers")
@@ -46,11 +46,10 @@ def test_kl_is_that_of_two_gaussians():
     assert float(kl_loss(torch.zeros(3), torch.zeros(3))) == 0
 
 
-def test_reconstruction_psnr_and_feature_loss_by_hand():
+def test_reconstruction_and_psnr_by_hand():
     x, y = torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 0.5)
     assert float(reconstruction_loss(x, y)) == pytest.approx(0.75)
     assert float(psnr(x, y)) == pytest.approx(10 * math.log10(4 / 0.25), rel=1e-6)
-    assert float(feature_loss(torch.zeros(2, 5), torch.full((2, 5), 3.0))) == pytest.approx(9)
 
 
 @pytest.mark.parametrize("kind", ["AutoencoderKL", "VQModel"])
@@ -73,7 +72,7 @@ def test_both_kinds_learn_and_export_stock_folders(tmp_path, options, kind):
 
 @pytest.mark.parametrize("change", ["kl_weight", "perceptual", "perceptual_weight"])
 def test_each_option_changes_the_result(tmp_path, options, change):
-    ShapesClassifier(ClassifierConfig(widths=(8, 8, 8))).save_pretrained(tmp_path / "features")
+    PerceptualNetwork(PerceptualConfig(widths=(8, 8, 8))).save_pretrained(tmp_path / "features")
     phi = {"perceptual": str(tmp_path / "features")}
     base, changed = {
         "kl_weight": ({}, {"kl_weight": 1.0}),
@@ -86,7 +85,7 @@ def test_each_option_changes_the_result(tmp_path, options, change):
         fit(tmp_path, module, 2, Pictures(batch_size=2, side=32))
         states.append(module.state_dict())
     assert any(not torch.equal(states[0][n], t) for n, t in states[1].items())
-    assert not any("phi" in n for n in states[1])
+    assert not any("distance" in n for n in states[1])
 
 
 def test_a_frozen_encoder_keeps_the_latents(tmp_path, options):

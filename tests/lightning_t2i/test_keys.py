@@ -19,7 +19,7 @@ POSITIONS = torch.arange(1000)
     ],
 )
 def test_philox_gives_the_published_words(word, key, expected):
-    words = philox(tuple(torch.tensor(word) for _ in range(4)), (key, key))
+    words = philox(torch.full((4,), word), (key, key))
     assert [f"{int(w):08x}" for w in words] == expected
 
 

@@ -107,6 +107,18 @@ CASES = {
         {"model.class_path": "toy.ToyData"},
         ["not of the kind that belongs here", "model.class_path", "toy.ToyData"],
     ),
+    "missing option": (
+        {"model": {"class_path": "lightning_modules.tokenizer.Tokenizer"}},
+        ["A value is missing", "where:   model.init_args.network", "--model.init_args.network VALUE"],
+    ),
+    "wrong type of what is required": (
+        {"model": {"class_path": "lightning_modules.tokenizer.Tokenizer", "init_args": {"network": [1]}}},
+        ["model.init_args.network (bad.yaml)", "given:   [1]", "allowed: str"],
+    ),
+    "unknown option of a callback": (
+        {"trainer.callbacks": [{"class_path": "kills.KillAt", "init_args": {"wrong": 1}}]},
+        ["Unknown key", "remove wrong"],
+    ),
     "no model": ({"model": None}, ["A section is missing", "where:   model"]),
     "no steps": ({"trainer.max_steps": 0}, ["at least one step", "trainer.max_steps (bad.yaml)", "given:   0"]),
     "refused by a constructor": (

@@ -39,6 +39,9 @@ class Group:
         self.owns_all = len(self.names) == sum(1 for _ in network.parameters())
         self.ema = self._twin() if options.ema else None
         self.updates = self.averages = 0  # optimizer steps, EMA updates
+        # Kept once they are final, so that a step does not walk the module tree: the parameters; twin and weights.
+        self._final: list[nn.Parameter] | None = None
+        self._averaged: tuple[list[Tensor], list[Tensor]] | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self.scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
 
@@ -51,12 +54,15 @@ class Group:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The trained parameters in their order of declaration; shards of them once the network is sharded."""
+        if self._final is not None:
+            return self._final
         found = dict(self.network.named_parameters())
         return [found[n] for n in self.names]
 
     def build(self) -> None:
         """Makes optimizer and scheduler; called when the parameters are in their final place."""
-        self.optimizer = self.options.optimizer(self.parameters)
+        self._final = self.parameters
+        self.optimizer = self.options.optimizer(self._final)
         self.scheduler = self.options.schedule(self.optimizer) if self.options.schedule else None
 
     def due(self, step: int) -> bool:
@@ -91,9 +97,10 @@ class Group:
             return
         ema, n = self.options.ema, self.averages
         decay = min(ema.decay, (1 + n) / (10 + n)) if ema.warmup else ema.decay
-        twin = dict(self.ema.named_parameters())
-        averages = [_local(twin[name]) for name in self.names]
-        weights = [_local(p) for p in self.parameters]
+        if self._averaged is None:
+            twin = dict(self.ema.named_parameters())
+            self._averaged = [_local(twin[name]) for name in self.names], [_local(p) for p in self.parameters]
+        averages, weights = self._averaged
         if step < ema.start:
             torch._foreach_copy_(averages, weights)
         else:

@@ -2,6 +2,7 @@
 
 import statistics
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import kstest
@@ -19,8 +20,14 @@ POSITIONS = torch.arange(1000)
     ],
 )
 def test_philox_gives_the_published_words(word, key, expected):
-    words = philox(torch.full((4,), word), (key, key))
-    assert [f"{int(w):08x}" for w in words] == expected
+    for counter in (torch.full((4, 1), word), np.full((4, 1), word)):
+        words = philox(counter, (key, key))
+        assert [f"{int(w):08x}" for w in words[:, 0]] == expected
+
+
+def test_numpy_and_torch_give_the_same_words():
+    counter = torch.arange(4 * 1000).view(4, 1000) * 7_919_111 % 2**32
+    assert np.array_equal(philox(counter.numpy(), (5, 2**32 - 1)), philox(counter, (5, 2**32 - 1)).numpy())
 
 
 def test_inverse_normal_cdf_agrees_with_the_standard_library():

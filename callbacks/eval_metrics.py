@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 
+from callbacks.budget import Budget
 from callbacks.inference import data_name, log_metrics, records_of, undisturbed
 from lightning_t2i.errors import UserError
 from lightning_t2i.metrics.scorers import SCORERS, Scorer, ScorerOptions, build_scorer
@@ -63,24 +64,20 @@ class EvalMetrics(L.Callback):
 
     def __init__(self, options: EvalOptions | None = None, clock: Callable[[], float] = time.monotonic):
         self.options, self.clock = options or EvalOptions(), clock
+        self.budget = Budget(self.options.max_fraction, clock)
         self.results: dict[str, float] = {}
-        self.spent = 0.0
-        self.skipped = 0
-        self._longest = 0.0
-        self._start = 0.0
         self._last = 0
         self._scorers: list[Scorer] | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._last, self._start, self.spent = pl_module.counters.step, self.clock(), 0.0
+        self._last = pl_module.counters.step
+        self.budget.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *unused: Any) -> None:
         step = pl_module.counters.step
         if step != self._last and step % self.options.every == 0 and self._affordable(trainer):
-            start = self.clock()
-            self._evaluate(trainer, pl_module, "val", "eval")
-            self._longest = max(self._longest, self.clock() - start)
-            self.spent += self.clock() - start
+            with self.budget.spending():
+                self._evaluate(trainer, pl_module, "val", "eval")
         self._last = step
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -91,18 +88,15 @@ class EvalMetrics(L.Callback):
         self._evaluate(trainer, pl_module, "test", "test")
 
     def _affordable(self, trainer: L.Trainer) -> bool:
-        """Whether one more evaluation, as long as the longest so far, keeps within the budget; rank 0 decides."""
-        trained = self.clock() - self._start - self.spent
-        fits = self.spent + self._longest <= self.options.max_fraction * trained
-        fits = trainer.strategy.broadcast(fits or self.spent == 0)
-        if not fits:
-            if self.skipped == 0 and trainer.is_global_zero:
-                log.warning(
-                    "Evaluations are left out: they took %.1f s, the longest %.1f s, in %.1f s of training, and "
-                    "eval.max_fraction is %g. Raise it, lower eval.n, or run `validate` beside the run.",
-                    self.spent, self._longest, trained, self.options.max_fraction,
-                )  # fmt: skip
-            self.skipped += 1
+        """Whether the budget allows one more evaluation; says so once when it does not."""
+        budget = self.budget
+        fits = budget.allows(trainer)
+        if not fits and budget.skipped == 1 and trainer.is_global_zero:
+            log.warning(
+                "Evaluations are left out: they took %.1f s, the longest %.1f s, and eval.max_fraction is %g of the "
+                "training time. Raise it, lower eval.n, or run `validate` beside the run.",
+                budget.spent, budget.longest, budget.max_fraction,
+            )  # fmt: skip
         return fits
 
     def _evaluate(self, trainer: L.Trainer, module: Any, split: str, prefix: str) -> None:

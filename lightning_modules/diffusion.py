@@ -152,6 +152,11 @@ class Diffusion(MethodModule):
             weight = min_snr_weight(denoiser.process.log_snr(t).exp(), self.min_snr_gamma, denoiser.prediction)
         return weighted_loss(denoiser(x_t, t, cond), denoiser.target(x0, eps, t), weight)
 
+    def forward_units(self) -> dict[str, float]:
+        """Forward passes of a training step: a gradient costs two, pictures and captions one each without one."""
+        text = {"text": 3.0 if "text" in self.groups else 1.0} if hasattr(self, "text") else {}
+        return {"denoiser": 3.0, "codec.encoder": 1.0, **text}
+
     def latents(self, records: Records) -> Tensor:
         """Unit-scale latents [B, C, h, w]: cached ones where the data has them."""
         if records.latent is not None:

@@ -32,6 +32,7 @@ FREE = (
     "throughput*",
     "checkpoints*",
     "eval*",
+    "health*",
     "data.init_args.workers",
     "model.init_args.common.log_every",
     *(f"trainer.{name}" for name in ("accelerator", "devices", "num_nodes", "strategy*", "plugins*", "logger*")),

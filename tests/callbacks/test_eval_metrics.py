@@ -99,7 +99,7 @@ def test_budget_leaves_evaluations_out_and_says_so_once(studio, ticking, monkeyp
         studio.trainer(callback, steps=20, logger=notebook).fit(Painter(), studio.Easel())
     # After k evaluations of 3 s the next one fits once 3 (k + 1) <= 0.1 * 10 s * steps; the first is always made.
     assert sorted(notebook.values("eval/mean@n=4")) == [1, 6, 9, 12, 15, 18]
-    assert callback.spent == 18 and callback.skipped == 14
+    assert callback.budget.spent == 18 and callback.budget.skipped == 14
     messages = [r.getMessage() for r in caplog.records]
     assert len(messages) == 1 and "eval.max_fraction is 0.1" in messages[0] and "took 3.0 s" in messages[0]
 
@@ -108,7 +108,7 @@ def test_real_clock_and_default_budget(studio) -> None:
     callback = EvalMetrics(EvalOptions(metrics=["mean"], every=1, n=4))
     start = time.monotonic()
     studio.trainer(callback, steps=5).fit(studio.Painter(), studio.Easel())
-    assert 0 < callback.spent < time.monotonic() - start and callback.skipped > 0
+    assert 0 < callback.budget.spent < time.monotonic() - start and callback.budget.skipped > 0
 
 
 def test_validate_and_test_know_no_limit(studio) -> None:

@@ -213,17 +213,16 @@ def watched_by_a_rank(rank: int, folder: str) -> dict[str, float]:
     spec = importlib.util.spec_from_file_location("studio", Path(__file__).with_name("conftest.py"))
     helper = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(helper)
-    world = torch.distributed.get_world_size()
     callback = Health(HealthOptions(enabled=True, every=1, prompts=2), clock=lambda: 0.0)
     method = two_groups(helper, 100.0, gap=1.0 + rank)
-    trainer = helper.Studio(Path(folder)).trainer(callback, steps=2, strategy=FSDP2(1, world), devices=world)
+    trainer = helper.Studio(Path(folder)).trainer(callback, steps=2, strategy=FSDP2(1, 2), devices=2)
     trainer.fit(method, helper.Easel())
     return callback.values
 
 
-def test_two_ranks_see_the_same_signals(ranks, tmp_path: Path) -> None:
+def test_two_ranks_see_the_same_signals(ranks, studio, tmp_path: Path) -> None:
     first, second = ranks(watched_by_a_rank, str(tmp_path))
-    alone = ranks(watched_by_a_rank, str(tmp_path), world=1)[0]
+    alone = watched(studio, method=two_groups(studio, 100.0, gap=1.0), steps=2, prompts=2)[0].values
     assert first == second and set(first) == {"saturation", "brightness", "diversity", "gradient_ratio", "gap"}
     assert first.pop("gap") == 1.5 and alone.pop("gap") == 1.0  # the mean over ranks
     assert first == pytest.approx(alone, rel=1e-3)

@@ -194,7 +194,7 @@ class Throughput(L.Callback):
     def _stop_counting(self) -> None:
         if self._counter is not None:
             self._counting.close()
-            self._counted += self._counter.get_total_flops()
+            self._counted += self._counter.total
             self._counter = None
 
     def _settle(self, module: Any) -> None:

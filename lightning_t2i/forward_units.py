@@ -101,13 +101,13 @@ def _watch(name: str, module: nn.Module, units: Units, operations: Any) -> list[
     before: list[int] = []
 
     def entered(*_: Any) -> None:
-        before.append(operations.get_total_flops() if operations is not None else 0)
+        before.append(operations.total if operations is not None else 0)
 
     def left(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         rows = next(len(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim() > 0)
         spent = before.pop()
         if operations is not None:
-            units.flops[name] = (operations.get_total_flops() - spent) / rows
+            units.flops[name] = (operations.total - spent) / rows
         units.passed[name] = units.passed.get(name, 0.0) + rows
         results = [x for x in _tensors(output) if x.requires_grad]
         if results:

@@ -110,7 +110,9 @@ def inverse_normal_cdf(u: Tensor) -> Tensor:
         return centre
     tail_u = u[outside]
     r = torch.sqrt(-_log(torch.minimum(tail_u, 1 - tail_u)))
-    tail = torch.where(r <= 5, _rational(_MIDDLE, r - 1.6), _rational(_TAIL, r - 5))
+    tail = _rational(_MIDDLE, r - 1.6)
+    if bool((r > 5).any()):  # below 1.4e-11: no draw from 32 bits comes there
+        tail = torch.where(r <= 5, tail, _rational(_TAIL, r - 5))
     centre[outside] = torch.where(tail_u < 0.5, -tail, tail)
     return centre
 

@@ -41,6 +41,8 @@ def test_all_weights_are_small_fp16_safetensors():
     files = sorted(TINY.rglob("*.safetensors"))
     assert files
     for file in files:
+        if file.parent.name == "statistics":  # sums over pictures, in float64
+            continue
         with safe_open(file, "pt") as weights:
             dtypes = {weights.get_tensor(name).dtype for name in weights.keys()}  # noqa: SIM118 (not a dict)
         assert dtypes <= {torch.float16, torch.int64}, file

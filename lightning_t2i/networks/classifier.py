@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -59,6 +60,15 @@ class Scores:
         cells = cross_entropy(self.shape.flatten(0, 1), shape.flatten())
         cells = cells + cross_entropy(self.colour.flatten(0, 1), colour.flatten())
         return cells + cross_entropy(self.count, count)
+
+
+def save_network(network: nn.Module, config: Any, folder: str | Path) -> None:
+    """Writes config.json (class and fields of a config dataclass) and model.safetensors (float16)."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps({"_class_name": type(network).__name__, **asdict(config)}, indent=1))
+    weights = {name: tensor.detach().cpu().half().contiguous() for name, tensor in network.state_dict().items()}
+    save_file(weights, str(folder / WEIGHTS))
 
 
 class Residual(nn.Module):
@@ -111,11 +121,7 @@ class ShapesClassifier(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors (float16)."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(json.dumps({"_class_name": type(self).__name__, **asdict(self.config)}, indent=1))
-        weights = {name: tensor.detach().cpu().half().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(weights, str(folder / WEIGHTS))
+        save_network(self, self.config, folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ShapesClassifier:

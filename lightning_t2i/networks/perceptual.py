@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from lightning_t2i.errors import UserError
 from lightning_t2i.frozen import folder_identity
-from lightning_t2i.networks.classifier import CONFIG, WEIGHTS, Scores
+from lightning_t2i.networks.classifier import CONFIG, WEIGHTS, Scores, save_network
 from lightning_t2i.paths import resolve
 
 # Layers in the order of torchvision's `features`: (channels, kernel, stride, padding), "pool", or "tap" after a ReLU.
@@ -206,11 +206,7 @@ class PerceptualNetwork(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors (float16)."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(json.dumps({"_class_name": type(self).__name__, **asdict(self.config)}, indent=1))
-        weights = {name: tensor.detach().cpu().half().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(weights, str(folder / WEIGHTS))
+        save_network(self, self.config, folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> PerceptualNetwork:

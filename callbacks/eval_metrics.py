@@ -119,8 +119,8 @@ class EvalMetrics(L.Callback):
     def _generate(self, trainer: L.Trainer, module: Any, split: str, scorers: list[Scorer]) -> None:
         keys, seen = module.keys.fork("eval"), 0
         for records in records_of(trainer, split):
-            cond = module.encode_prompts(records.caption or [""] * len(records))
-            images = module.sample(cond, keys, records.position.to(module.device))
+            records = records.to(module.device)
+            images = module.sample(module.condition(records), keys, records.position)
             for scorer in scorers:
                 scorer.add(images, records)
             # Shares of whole batches are equal, so all ranks stop after the same one: sampling may be collective.

@@ -117,7 +117,7 @@ class Health(L.Callback):
         self._brightness: deque[float] = deque(maxlen=REMEMBERED)
         self._norms: dict[str, Tensor] = {}
         self._gap: Tensor | float | None = None
-        self._prompts: list[str] | None = None
+        self._subjects: Records | None = None
         self._last = 0
 
     # ---- Lightning's hooks ---------------------------------------------------------------------------------------
@@ -186,9 +186,9 @@ class Health(L.Callback):
 
     def _of_pictures(self, trainer: L.Trainer, module: Any, current: Records) -> dict[str, float]:
         """All ranks make the same pictures: sampling may be collective."""
-        prompts = self._fixed(trainer, current)
-        cond, keys, k = module.encode_prompts(prompts), module.keys.fork("health"), self.options.noises
-        places = torch.arange(len(prompts), device=module.device) * k
+        subjects = self._fixed(trainer, current).to(module.device)
+        cond, keys, k = module.condition(subjects), module.keys.fork("health"), self.options.noises
+        places = torch.arange(len(subjects), device=module.device) * k
         images = torch.stack([module.sample(cond, keys, places + j).float() for j in range(k)], dim=1)
         self._brightness.append(float(images.mean()))
         values = {
@@ -200,12 +200,12 @@ class Health(L.Callback):
             values["swing"] = swing(list(self._brightness))
         return values
 
-    def _fixed(self, trainer: L.Trainer, current: Records) -> list[str]:
-        """The prompts; chosen once, by rank 0 for all."""
-        if self._prompts is None:
-            captions = next(records_of(trainer, "val"), current).caption or [""]
-            self._prompts = trainer.strategy.broadcast(list(captions)[: self.options.prompts])
-        return self._prompts
+    def _fixed(self, trainer: L.Trainer, current: Records) -> Records:
+        """What pictures are made for; chosen once, by rank 0 for all."""
+        if self._subjects is None:
+            records = next(records_of(trainer, "val"), current)
+            self._subjects = trainer.strategy.broadcast(records.slice(0, self.options.prompts).to("cpu"))
+        return self._subjects
 
     def _warn(self, trainer: L.Trainer, step: int) -> None:
         for name, side in ALARMS.items():

@@ -9,7 +9,6 @@ from typing import Any
 import lightning as L
 import torch
 from PIL import Image
-from torch import Tensor
 
 from callbacks.inference import records_of, undisturbed
 from lightning_t2i.batch import Records
@@ -60,7 +59,7 @@ class SampleGrid(L.Callback):
     def __init__(self, options: SampleOptions | None = None):
         self.options = options or SampleOptions()
         self._last = 0
-        self._subjects: tuple[list[str], Tensor | None] | None = None
+        self._subjects: Records | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._last = pl_module.counters.step
@@ -80,32 +79,32 @@ class SampleGrid(L.Callback):
         if not self.options.enabled or not (generates or reconstructs):
             return
         with undisturbed(module):
-            prompts, real = self._fixed(trainer, current)
+            subjects = self._fixed(trainer, current)
+            prompts = subjects.caption or [""] * len(subjects)
             columns: dict[str, list[Image.Image]] = {}
-            if reconstructs and real is not None:
-                columns["real"] = to_pil(real)
-                columns["reconstructed"] = to_pil(module.reconstruct(real.to(module.device)))
+            if reconstructs and subjects.image is not None:
+                columns["real"] = to_pil(subjects.image)
+                columns["reconstructed"] = to_pil(module.reconstruct(subjects.image.to(module.device)))
             if generates:
-                columns |= self._generate(module, prompts)
+                columns |= self._generate(module, subjects.to(module.device))
         if columns and trainer.is_global_zero:
             self._publish(trainer, columns, prompts)
 
-    def _fixed(self, trainer: L.Trainer, current: Records | None) -> tuple[list[str], Tensor | None]:
-        """Prompts and, where the data has them, real pictures [N, 3, H, W]; chosen once, by rank 0 for all."""
+    def _fixed(self, trainer: L.Trainer, current: Records | None) -> Records:
+        """What pictures are made for; chosen once, by rank 0 for all."""
         if self._subjects is None:
-            prompts, image = self.options.prompts, None
-            if prompts is None:
-                records = next(records_of(trainer, "val"), current)
-                n = self.options.count if records is None else min(self.options.count, len(records))
-                prompts = list((records.caption if records is not None else None) or [""] * n)[:n]
-                if records is not None and records.image is not None:
-                    image = records.image[:n].cpu()
-            self._subjects = trainer.strategy.broadcast((prompts, image))
+            if self.options.prompts is not None:
+                chosen = Records.of_prompts(self.options.prompts)
+            else:
+                found = next(records_of(trainer, "val"), current)
+                chosen = Records.of_prompts([""] * self.options.count) if found is None else found
+                chosen = chosen.slice(0, self.options.count).to("cpu")
+            self._subjects = trainer.strategy.broadcast(chosen)
         return self._subjects
 
-    def _generate(self, module: Any, prompts: list[str]) -> dict[str, list[Image.Image]]:
+    def _generate(self, module: Any, subjects: Records) -> dict[str, list[Image.Image]]:
         """One column per noise; picture i of column j has the position i * per_prompt + j."""
-        cond, n, k = module.encode_prompts(prompts), len(prompts), self.options.per_prompt
+        cond, n, k = module.condition(subjects), len(subjects), self.options.per_prompt
         keys = module.keys.fork("samples")
         columns = {}
         for j in range(k):  # a column at a time: as much memory as one batch of prompts

@@ -1,17 +1,19 @@
-"""Classifier: trains the metric network of the shapes world, whose features give Fréchet distances.
+"""Classifier: trains the two small classifiers of the shapes world: the metric network and the perceptual one.
 
     loss = CE(shape of each cell) + CE(colour of each cell) + CE(number of objects)
 
     x [B, 3, 32, 32] in [-1, 1]; cells of the 3x3 grid row by row; class 0 is the empty cell.
 
 Half of the pictures are noised by N(0, s^2), s uniform in [0, 0.2], so that features stay meaningful on generated
-pictures. No other method may train on this network.
+pictures. The metric network gives the features of Fréchet distances, so no method may train on it; the perceptual one,
+of another architecture and seed, is there for losses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +21,8 @@ from torch import Tensor
 from datamodules.worlds.shapes_scenes import COLOURS, SHAPES
 from lightning_t2i.batch import Batch
 from lightning_t2i.method import MethodModule
-from lightning_t2i.networks.classifier import ClassifierConfig, ShapesClassifier
+from lightning_t2i.networks.classifier import ShapesClassifier
+from lightning_t2i.networks.perceptual import PerceptualNetwork
 from lightning_t2i.options import GroupOptions, MethodOptions
 
 
@@ -36,20 +39,28 @@ def targets(scenes: list[dict], grid: int = 3) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Classifier(MethodModule):
-    """Trains a ShapesClassifier on the shapes world.
+    """Trains a ShapesClassifier or a PerceptualNetwork on the shapes world.
 
     Args:
+        network: "metric" or "perceptual".
         noise: largest standard deviation of the noise on pictures.
         classifier: how the network is updated.
         common: options of the engine.
     """
 
-    def __init__(self, noise: float = 0.2, classifier: GroupOptions | None = None, common: MethodOptions | None = None):
+    def __init__(
+        self,
+        network: Literal["metric", "perceptual"] = "metric",
+        noise: float = 0.2,
+        classifier: GroupOptions | None = None,
+        common: MethodOptions | None = None,
+    ):
         super().__init__(common)
-        self.noise, self.options = noise, classifier or GroupOptions()
+        self.network, self.noise, self.options = network, noise, classifier or GroupOptions()
 
     def configure_model(self) -> None:
-        self.add_group("classifier", ShapesClassifier(ClassifierConfig()), self.options)
+        networks = {"metric": ShapesClassifier, "perceptual": PerceptualNetwork}
+        self.add_group("classifier", networks[self.network](), self.options)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         records = batch["main"]
@@ -69,5 +80,5 @@ class Classifier(MethodModule):
         self.log("val/exact", right.float().mean(), batch_size=len(records), sync_dist=True)
 
     def export(self, folder: Path, batches: Iterable[Batch]) -> None:
-        """Writes the folder that `ShapesClassifier.from_pretrained` reads."""
+        """Writes the folder that `from_pretrained` of the network's class reads."""
         self.generator_of("classifier").save_pretrained(folder)

@@ -136,7 +136,7 @@ class Diffusion(MethodModule):
             self.add_frozen("text", text, folder_identity(resolve(self.text_source), self.revision))
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        loss = self.loss(batch["main"], self.denoiser, self.text_of(batch["main"]), self.keys)
+        loss = self.loss(batch["main"], self.denoiser, self.condition(batch["main"], averaged=False), self.keys)
         self.backward(("denoiser", "text") if "text" in self.groups else "denoiser", loss)
 
     def loss(self, records: Records, denoiser: Denoiser, cond: Cond | None, keys: Keys) -> Tensor:
@@ -164,8 +164,12 @@ class Diffusion(MethodModule):
         with torch.no_grad():
             return self.codec.encode(records.image)
 
-    def text_of(self, records: Records, averaged: bool = False) -> Cond | None:
-        """The condition of each sample: cached, encoded from its caption, its class label, or none."""
+    def condition(self, records: Records, averaged: bool = True) -> Cond | None:
+        """The condition of each sample: cached, encoded from its caption, its class label, or none.
+
+        Args:
+            averaged: by the averaged weights of a trained text encoder.
+        """
         if records.cond is not None:
             return records.cond
         if hasattr(self, "text") and records.caption is not None:
@@ -184,15 +188,10 @@ class Diffusion(MethodModule):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """The loss of the averaged weights at noise and times that every validation shares."""
         records = batch["main"]
-        cond = self.text_of(records, averaged=True)
-        loss = self.loss(records, self.generator_of("denoiser"), cond, self.keys.fork("validation"))
+        loss = self.loss(records, self.generator_of("denoiser"), self.condition(records), self.keys.fork("validation"))
         self.log(f"{'test' if self.trainer.testing else 'val'}/loss", loss, batch_size=len(records), sync_dist=True)
 
     test_step = validation_step
-
-    @torch.no_grad()
-    def encode_prompts(self, prompts: list[str]) -> Cond:
-        return self.encode(prompts, averaged=True)
 
     @torch.no_grad()
     def sample(

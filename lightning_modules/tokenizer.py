@@ -7,19 +7,20 @@
     x [B, 3, H, W] in [-1, 1]; z [B, C, h, w]; e the nearest codebook vectors; d a frozen perceptual distance.
 
 Deviations: no adversarial term, since the tiny pictures have no texture that needs one; all errors are means over
-elements where the reference sums over a picture. The exported KL autoencoder carries the scaling factor that gives its
-latents unit standard deviation.
+elements where the reference sums over a picture; codes that die early are started again (see `restart_until`). The
+exported KL autoencoder carries the scaling factor that gives its latents unit standard deviation.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_t2i.batch import Batch
 from lightning_t2i.frozen import folder_identity
@@ -28,6 +29,9 @@ from lightning_t2i.networks.load import build_network
 from lightning_t2i.networks.perceptual import PerceptualNetwork
 from lightning_t2i.options import GroupOptions, MethodOptions
 from lightning_t2i.paths import resolve
+from lightning_t2i.state_io import copy_into, full_tensor
+
+RESTART_EVERY = 25
 
 
 def reconstruction_loss(x: Tensor, y: Tensor) -> Tensor:
@@ -46,6 +50,8 @@ class Tokenizer(MethodModule):
     Args:
         network: JSON file of the architecture (its `_class_name` decides which), or a pretrained folder.
         kl_weight: beta, weight of the KL term.
+        restart_until: every RESTART_EVERY training steps before this one, codes that no place of a batch chooses become
+            encoder outputs drawn from it, as in Jukebox (arXiv 2005.00341, section 3.1); 0 is never.
         train_encoder: false keeps the latents as they are and improves the decoder alone, as models that were trained
             on the latents need it.
         perceptual: folder of a PerceptualNetwork, or null for none.
@@ -58,6 +64,7 @@ class Tokenizer(MethodModule):
         self,
         network: str,
         kl_weight: float = 1e-6,
+        restart_until: int = 0,
         train_encoder: bool = True,
         perceptual: str | None = None,
         perceptual_weight: float = 1.0,
@@ -66,6 +73,7 @@ class Tokenizer(MethodModule):
     ):
         super().__init__(common)
         self.network, self.kl_weight, self.train_encoder = network, kl_weight, train_encoder
+        self.restart_until = restart_until
         self.perceptual, self.perceptual_weight = perceptual, perceptual_weight
         self.options = autoencoder or GroupOptions()
 
@@ -97,8 +105,22 @@ class Tokenizer(MethodModule):
 
     def discrete_pass(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction from the nearest codes (gradient straight through), and codebook plus commitment loss."""
-        output = self.autoencoder(x)
+        with watched(self.autoencoder.quantize) as seen:
+            output = self.autoencoder(x)
+        step = self.counters.step
+        if step < self.restart_until and step % RESTART_EVERY == 0 and self.counters.micro == 0:
+            self.restart_codes(*seen[0])
         return output.sample, output.commit_loss.mean()
+
+    @torch.no_grad()
+    def restart_codes(self, features: Tensor, chosen: Tensor) -> None:
+        """Moves the codes that are not in `chosen` [N] to rows of `features` [N, D], equally on all processes."""
+        features, chosen = self.gathered(features).cpu(), self.gathered(chosen).cpu()
+        weight = self.autoencoder.quantize.embedding.weight
+        codes = full_tensor(weight)
+        unused = torch.bincount(chosen, minlength=len(codes)) == 0
+        rows = self.keys.integers("restart", torch.arange(len(codes)), 0, len(features))
+        copy_into(weight, torch.where(unused[:, None], features[rows], codes))
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -109,10 +131,19 @@ class Tokenizer(MethodModule):
         return autoencoder.decode(autoencoder.encode(images).latent_dist.mean).sample
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Errors of reconstructions, and over the whole split the share of the codebook that is used."""
         x = batch["main"].image
-        y = self.reconstruct(x)
+        with watched(getattr(self.generator_of("autoencoder"), "quantize", None)) as seen:
+            y = self.reconstruct(x)
+        for _, chosen in seen:
+            used = torch.bincount(self.gathered(chosen), minlength=self.autoencoder.config.num_vq_embeddings)
+            self.used = used + (self.used if batch_idx else 0)
         self.log("val/reconstruction", reconstruction_loss(x, y), batch_size=len(x), sync_dist=True)
         self.log("val/psnr", psnr(x, y), batch_size=len(x), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        if self.discrete:
+            self.log("val/usage", (self.used > 0).float().mean())
 
     @torch.no_grad()
     def export(self, folder: Path, batches: Iterable[Batch]) -> None:
@@ -123,6 +154,22 @@ class Tokenizer(MethodModule):
             z = torch.cat([autoencoder.encode(b["main"].image).latent_dist.mean for b in batches])
             autoencoder.register_to_config(scaling_factor=1 / float(z.std()))
         autoencoder.half().save_pretrained(folder)
+
+
+@contextmanager
+def watched(quantizer: nn.Module | None) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Collects (features [N, D], indices of their codes [N]) of each pass through a VQModel's quantizer, if any."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def keep(_: nn.Module, inputs: tuple[Tensor], out: Any) -> None:
+        seen.append((inputs[0].detach().permute(0, 2, 3, 1).flatten(0, 2), out[2][2].flatten()))
+
+    handle = quantizer.register_forward_hook(keep) if quantizer is not None else None
+    try:
+        yield seen
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:

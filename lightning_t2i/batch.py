@@ -152,6 +152,12 @@ class Records:
     scene: list[dict] | None = None
     cursor: int = 0
 
+    @classmethod
+    def of_prompts(cls, prompts: list[str]) -> Records:
+        """Records of these captions alone, at positions 0, 1, ..."""
+        places = torch.arange(len(prompts))
+        return cls(id=places, position=places.clone(), caption=list(prompts))
+
     def __len__(self) -> int:
         return len(self.id)
 

@@ -178,6 +178,16 @@ class MethodModule(Saved):
         if self.logs_now:
             self._scalars.update({k: v.detach() if isinstance(v, Tensor) else v for k, v in scalars.items()})
 
+    def gathered(self, rows: Tensor, gradients: bool = False) -> Tensor:
+        """The rows of all processes in the order of their ranks: [B, ...] -> [W B, ...].
+
+        Args:
+            gradients: let gradients flow back to the process that a row came from.
+        """
+        if self._trainer is None or self.trainer.world_size == 1:
+            return rows
+        return self.all_gather(rows, sync_grads=gradients).flatten(0, 1)
+
     @property
     def logs_now(self) -> bool:
         return (self.counters.step + 1) % self.common.log_every == 0 or self.counters.step == 0
@@ -269,7 +279,7 @@ class MethodModule(Saved):
         self.train()  # frozen networks and EMA twins back to eval, whatever Lightning remembered
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Pictures for the prompts of a batch, by a method that generates."""
+        """Pictures for the records of a batch, by a method that generates."""
         assert isinstance(self, Generates)
         main = batch["main"]
-        return self.sample(self.encode_prompts(main.caption), self.keys.fork("predict"), main.position)
+        return self.sample(self.condition(main), self.keys.fork("predict"), main.position)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from lightning_t2i.batch import Batch, Cond
+from lightning_t2i.batch import Batch, Cond, Records
 from lightning_t2i.keys import Keys
 
 
@@ -16,10 +16,28 @@ from lightning_t2i.keys import Keys
 class Generates(Protocol):
     """A method that makes pictures."""
 
-    def encode_prompts(self, prompts: list[str]) -> Cond: ...
+    def condition(self, records: Records) -> Cond | None:
+        """What the pictures for these records are conditioned on: captions, labels, or nothing."""
 
-    def sample(self, cond: Cond, keys: Keys, positions: Tensor) -> Tensor:
+    def sample(self, cond: Cond | None, keys: Keys, positions: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1]; the noise of a picture depends on keys and position alone."""
+
+
+@runtime_checkable
+class Couples(Protocol):
+    """A method that maps noise to data without further chance: teachers and flows, of which pairs can be made."""
+
+    def recipe(self) -> dict[str, Any]:
+        """What x0 depends on besides noise and condition, as plain values: "teacher" (its identity), solver, steps,
+        guidance and so on, and "x0": "latent" or "image". Known before any network is built."""
+
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one z and one x0; known once the networks are built."""
+
+    def condition(self, records: Records) -> Cond | None: ...
+
+    def couple(self, z: Tensor, cond: Cond | None) -> Tensor:
+        """x0 [B, ...] (latents of unit scale, or pictures) of unit Gaussian noise z [B, ...]."""
 
 
 @runtime_checkable

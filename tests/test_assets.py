@@ -11,6 +11,7 @@ from safetensors import safe_open
 from datamodules.image_text import ImageText
 from lightning_modules.classifier import targets
 from lightning_modules.diffusion import Diffusion
+from lightning_t2i.batch import Records
 from lightning_t2i.keys import Keys
 from lightning_t2i.metrics.shapes_score import ShapesScore
 from lightning_t2i.networks.classifier import ShapesClassifier
@@ -101,7 +102,9 @@ def test_stock_pipeline_gives_our_pictures():
     module, prompts = teacher(), ["a red circle", "two blue squares", "a green triangle above a yellow cross"]
     z = Keys(0).normal("z", torch.arange(3), (4, 8, 8))
     theirs = pipeline(prompts, latents=z, guidance_scale=3.0, num_inference_steps=25, output_type="pt").images
-    ours = module.sample(module.encode_prompts(prompts), Keys(0), torch.arange(3), guidance=3.0, steps=25)
+    ours = module.sample(
+        module.condition(Records.of_prompts(prompts)), Keys(0), torch.arange(3), guidance=3.0, steps=25
+    )
     torch.testing.assert_close((ours + 1) / 2, theirs, atol=1e-3, rtol=0)
 
 
@@ -110,7 +113,7 @@ def test_teacher_draws_what_it_is_asked(scenes):
     card = json.loads((TINY / "sd/score.json").read_text())
     module, n = teacher(guidance=card["guidance"]), 60
     records = scenes[0].slice(0, n)
-    picture = module.sample(module.encode_prompts(records.caption), Keys(0).fork("eval"), records.position)
+    picture = module.sample(module.condition(records), Keys(0).fork("eval"), records.position)
     p = card["overall"]
     assert score([picture], [records]) > p - 3 * math.sqrt(p * (1 - p) / n)
 
@@ -124,6 +127,6 @@ def test_early_snapshot_is_worse_than_the_teacher():
     stream.begin(0, "val", shuffle=False)
     records = stream.load(range(200), 0)
     with torch.no_grad():
-        cond = module.text_of(records)
+        cond = module.condition(records)
         losses = [float(module.loss(records, d, cond, Keys(0))) for d in (denoiser, module.denoiser)]
     assert losses[0] > losses[1]

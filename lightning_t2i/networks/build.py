@@ -4,34 +4,59 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from lightning_t2i.errors import UserError
 from lightning_t2i.networks.codec import LatentCodec
 from lightning_t2i.networks.denoiser import Denoiser
-from lightning_t2i.networks.load import build_network, locate
+from lightning_t2i.networks.load import build_network, locate, read_architecture
 from lightning_t2i.networks.text_encoder import TextEncoder
+from lightning_t2i.paths import resolve
 from lightning_t2i.processes.schedulers import to_scheduler
 
+TOKENIZERS = {"clip": "CLIPTokenizer", "t5": "T5Tokenizer"}
+# backbone -> its pipeline, and the pipeline's name for the backbone
+PIPELINES = {
+    "UNet2DConditionModel": ("StableDiffusionPipeline", "unet"),
+    "PixArtTransformer2DModel": ("PixArtAlphaPipeline", "transformer"),
+    "FluxTransformer2DModel": ("FluxPipeline", "transformer"),
+    "UNet2DModel": ("DDIMPipeline", "unet"),
+}
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def text_encoder_of(
     source: str | None, tokenizer: str | None = None, revision: str | None = None
 ) -> TextEncoder | None:
-    """A pipeline's text encoder, or CLIP's from random weights when `source` is a JSON architecture file.
+    """A pipeline's text encoder, or one from random weights when `source` is a JSON architecture file.
 
     Args:
-        tokenizer: CLIP tokenizer folder of an encoder from random weights.
+        source: folder, hub id, or a JSON file: the architecture of a CLIPTextModel or T5EncoderModel, or an object with
+            both as "clip" and "t5".
+        tokenizer: tokenizer folder of an encoder from random weights, or a folder with one as "clip" and one as "t5".
     """
     if source is None:
         return None
     if not source.endswith(".json"):
         return TextEncoder.from_pretrained(source, revision=revision)
-    from transformers import CLIPTokenizer
+    import transformers
 
-    return TextEncoder(clip=build_network(source), clip_tokenizer=CLIPTokenizer.from_pretrained(locate(str(tokenizer))))
+    facts = read_architecture(source)
+    kinds = {"CLIPTextModel": "clip", "T5EncoderModel": "t5"}
+    specs = {kinds.get(str(facts["_class_name"]), ""): facts} if "_class_name" in facts else facts
+    if not specs.keys() <= {"clip", "t5"}:
+        raise UserError("Not a text encoder that is served", where=source, given=list(specs), allowed=list(kinds))
+    parts: dict[str, Any] = {}
+    for kind, spec in specs.items():
+        folder = resolve(str(tokenizer)) / kind
+        parts[kind] = build_network(spec)
+        parts[f"{kind}_tokenizer"] = getattr(transformers, TOKENIZERS[kind]).from_pretrained(
+            str(folder) if folder.is_dir() else locate(str(tokenizer))
+        )
+    return TextEncoder(**parts)
 
 
 def add_adapters(backbone: nn.Module, rank: int, targets: tuple[str, ...] = ATTENTION, name: str = "default") -> None:
@@ -48,26 +73,50 @@ def add_adapters(backbone: nn.Module, rank: int, targets: tuple[str, ...] = ATTE
 
 
 def save_pipeline(folder: Path, denoiser: Denoiser, codec: LatentCodec, text: TextEncoder | None) -> None:
-    """Writes a stock Stable Diffusion folder in fp16 safetensors from copies; adapters are merged into the weights.
+    """Writes the stock diffusers folder of the backbone's family in fp16 safetensors, from copies.
 
-    The scheduler is DDIM with trailing spacing, so that few steps start from pure noise.
+        UNet2DConditionModel      StableDiffusionPipeline
+        PixArtTransformer2DModel  PixArtAlphaPipeline
+        FluxTransformer2DModel    FluxPipeline
+        UNet2DModel on pixels     DDIMPipeline; ConsistencyModelPipeline where the process is EDM's: it is the stock
+                                  pipeline that takes class labels and any scheduler
+
+    Adapters are merged into the weights. The scheduler is the one of `to_scheduler`; a DDPM's spaces its steps so that
+    few of them start from pure noise.
+
+    Raises:
+        UserError: a backbone for which no pipeline is known, or one on pixels with an autoencoder or a text encoder.
     """
-    from diffusers import StableDiffusionPipeline
+    import diffusers
 
-    unet, vae = copy.deepcopy(denoiser.backbone), copy.deepcopy(codec.vae)
-    for network in (unet, vae):
-        network.register_to_config(_name_or_path="")  # where it was read from is nobody else's business
-    if getattr(unet, "peft_config", None):
-        unet.fuse_lora()
-        unet.unload_lora()
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=copy.deepcopy(text.clip) if text is not None else None,
-        tokenizer=text._clip_tokenizer if text is not None else None,
-        unet=unet,
-        scheduler=to_scheduler(denoiser.process, denoiser.prediction),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    backbone = copy.deepcopy(denoiser.backbone)
+    if getattr(backbone, "peft_config", None):
+        backbone.fuse_lora()
+        backbone.unload_lora()
+    scheduler = to_scheduler(denoiser.process, denoiser.prediction, denoiser.sigma_data)
+    vae = copy.deepcopy(codec.vae)
+    for network in (backbone, vae):
+        if network is not None:
+            network.register_to_config(_name_or_path="")  # where it was read from is nobody else's business
+    kind = next((c.__name__ for c in type(backbone).__mro__ if c.__name__ in PIPELINES), None)
+    if kind is None or (kind == "UNet2DModel") != (vae is None and text is None):
+        raise UserError("No stock pipeline holds these networks", given=type(backbone).__name__, allowed=PIPELINES)
+    parts: dict[str, Any] = {"scheduler": scheduler, PIPELINES[kind][1]: backbone}
+    if vae is not None:
+        parts["vae"] = vae
+    for component, encoder in zip(("", "_2"), _encoders(text), strict=False):
+        parts[f"text_encoder{component}"], parts[f"tokenizer{component}"] = encoder
+    if kind == "UNet2DConditionModel":
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        parts = {"text_encoder": None, "tokenizer": None, **parts}
+    name = PIPELINES[kind][0] if denoiser.prediction != "edm" else "ConsistencyModelPipeline"
+    pipeline = getattr(diffusers, name)(**parts)
     pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
+
+
+def _encoders(text: TextEncoder | None) -> list[tuple[Any, Any]]:
+    """The text encoders with their tokenizers, in the order of a pipeline's components."""
+    if text is None:
+        return []
+    both = ((text.clip, text._clip_tokenizer), (text.t5, text._t5_tokenizer))
+    return [(copy.deepcopy(encoder), tokenizer) for encoder, tokenizer in both if encoder is not None]

@@ -156,6 +156,18 @@ def load_backbone(
     return load_model(path, subfolder, revision, torch_dtype, variant)
 
 
+def read_architecture(path: str | Path) -> dict[str, Any]:
+    """A JSON architecture file.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    file = resolve(path)
+    if not file.is_file():
+        raise UserError("No such architecture file", given=str(path), fix="see configs/networks")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 def build_network(spec: str | Path | dict[str, Any], revision: str | None = None) -> nn.Module:
     """A network from an architecture file (random weights) or from a model folder or hub id (its weights, float32).
 
@@ -168,13 +180,7 @@ def build_network(spec: str | Path | dict[str, Any], revision: str | None = None
     """
     if not isinstance(spec, dict) and not str(spec).endswith(".json"):
         return load_model(spec, None, revision)
-    if isinstance(spec, dict):
-        config = dict(spec)
-    else:
-        file = resolve(spec)
-        if not file.is_file():
-            raise UserError("No such architecture file", given=str(spec), fix="see configs/networks")
-        config = json.loads(file.read_text(encoding="utf-8"))
+    config = dict(spec) if isinstance(spec, dict) else read_architecture(spec)
     cls = model_class(config)
     if hasattr(cls, "from_config"):
         return cls.from_config(config)

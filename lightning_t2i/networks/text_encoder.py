@@ -108,7 +108,8 @@ class TextEncoder(nn.Module):
             tokens["clip"] = self._call(self._clip_tokenizer, captions, length, "max_length")["input_ids"]
         if self.t5 is not None:
             padding = "longest" if self.trim else "max_length"
-            out = self._call(self._t5_tokenizer, captions, self.t5_length, padding)
+            length = min(self._t5_tokenizer.model_max_length, self.t5_length)
+            out = self._call(self._t5_tokenizer, captions, length, padding)
             tokens["t5"], tokens["t5_mask"] = out["input_ids"], out["attention_mask"]
         return tokens
 

@@ -52,8 +52,8 @@ class Painter(MethodModule):
 
     test_step = validation_step
 
-    def encode_prompts(self, prompts: list[str]) -> Cond:
-        return Cond(label=torch.tensor([len(p) for p in prompts]))
+    def condition(self, records: Records) -> Cond:
+        return Cond(label=torch.tensor([len(p) for p in records.caption or [""] * len(records)]))
 
     def sample(self, cond: Cond, keys: Keys, positions: Tensor) -> Tensor:
         self.sampled.append((self.counters.step, positions.tolist()))

@@ -180,9 +180,9 @@ def test_pictures_keep_their_budget(studio, ticking) -> None:
         def training_step(self, batch: Any, batch_idx: int) -> None:
             clock.now += 10
 
-        def encode_prompts(self, prompts: list[str]) -> Any:
+        def condition(self, records: Any) -> Any:
             clock.now += 3
-            return super().encode_prompts(prompts)
+            return super().condition(records)
 
     callback, notebook = watched(studio, method=Slow(), steps=20, clock=clock, max_fraction=0.1)
     # After k measurements of 3 s the next one fits once 3 (k + 1) <= 0.1 * 10 s * steps; the first is always made.

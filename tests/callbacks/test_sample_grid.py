@@ -12,6 +12,7 @@ from PIL import Image
 
 from callbacks.inference import undisturbed
 from callbacks.sample_grid import SampleGrid, SampleOptions, is_due
+from lightning_t2i.batch import Records
 from lightning_t2i.errors import UserError
 
 
@@ -66,7 +67,7 @@ def test_pictures_of_the_grid_are_the_samples(studio) -> None:
     studio.trainer(SampleGrid(SampleOptions(every=9, count=2, per_prompt=2)), steps=1).fit(method, studio.Easel())
     with undisturbed(method):
         samples = method.sample(
-            method.encode_prompts(studio.prompts[:2]), method.keys.fork("samples"), torch.tensor([0, 2])
+            method.condition(Records.of_prompts(studio.prompts[:2])), method.keys.fork("samples"), torch.tensor([0, 2])
         )
     expected = ((samples.clamp(-1, 1) + 1) * 127.5).round()
     canvas = np.asarray(grids(studio.folder)[1])
@@ -91,7 +92,7 @@ def test_real_and_reconstructed_pictures_stand_beside_the_samples(studio) -> Non
 def test_method_that_neither_generates_nor_reconstructs_is_left_alone(studio) -> None:
     class Silent(studio.Painter):
         sample = None  # type: ignore[assignment]
-        encode_prompts = None  # type: ignore[assignment]
+        condition = None  # type: ignore[assignment]
 
     studio.trainer(SampleGrid(SampleOptions(every=1)), steps=2).fit(Silent(), studio.Easel())
     assert not (studio.folder / "samples").exists()

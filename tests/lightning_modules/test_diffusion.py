@@ -9,6 +9,7 @@ import torch
 from pictures import Pictures, fit, records
 
 from lightning_modules.diffusion import Diffusion, min_snr_weight, weighted_loss
+from lightning_t2i.batch import Records
 from lightning_t2i.errors import UserError
 from lightning_t2i.frozen import weights_hash
 from lightning_t2i.keys import Keys
@@ -73,7 +74,7 @@ def test_loss_of_the_zero_network_is_the_variance_of_the_noise(folder):
 def test_the_loss_depends_on_positions_and_not_on_grouping(folder):
     module, whole = built(folder), records(0, 8)
     with torch.no_grad():
-        cond = module.text_of(whole)
+        cond = module.condition(whole)
         together = module.loss(whole, module.denoiser, cond, Keys(3))
         halves = [
             module.loss(whole.slice(a, b), module.denoiser, cond.index(slice(a, b)), Keys(3))
@@ -113,9 +114,9 @@ def test_min_snr_gamma_matters(folder):
     module = built(folder, weighting="min_snr")
     with torch.no_grad():
         batch = records(0, 16)
-        first = module.loss(batch, module.denoiser, module.text_of(batch), Keys(0))
+        first = module.loss(batch, module.denoiser, module.condition(batch), Keys(0))
         module.min_snr_gamma = 1.0
-        assert float(module.loss(batch, module.denoiser, module.text_of(batch), Keys(0))) < float(first)
+        assert float(module.loss(batch, module.denoiser, module.condition(batch), Keys(0))) < float(first)
 
 
 @pytest.mark.parametrize("change", [{"guidance": 7.0}, {"steps": 5}, {"solver": "dpmpp_2m"}])
@@ -123,14 +124,19 @@ def test_each_sampling_option_changes_the_pictures(folder, change):
     pictures = []
     for options in ({"guidance": 2.0, "steps": 4}, {"guidance": 2.0, "steps": 4, **change}):
         module = built(folder, **options)
-        pictures.append(module.sample(module.encode_prompts(["red", "blue"]), Keys(0), torch.arange(2)))
+        pictures.append(module.sample(module.condition(Records.of_prompts(["red", "blue"])), Keys(0), torch.arange(2)))
     assert pictures[0].shape == (2, 3, 16, 16)
     assert not torch.equal(*pictures)
 
 
 def test_size_of_sampled_pictures(folder):
     module = built(folder, size=32, steps=2)
-    assert module.sample(module.encode_prompts(["red"]), Keys(0), torch.arange(1)).shape == (1, 3, 32, 32)
+    assert module.sample(module.condition(Records.of_prompts(["red"])), Keys(0), torch.arange(1)).shape == (
+        1,
+        3,
+        32,
+        32,
+    )
 
 
 def test_gradient_checkpointing_keeps_the_gradients(folder):
@@ -139,14 +145,16 @@ def test_gradient_checkpointing_keeps_the_gradients(folder):
         module = built(folder, gradient_checkpointing=on)
         assert module.denoiser.backbone.is_gradient_checkpointing is on
         module.denoiser.train()
-        module.backward("denoiser", module.loss(records(0, 4), module.denoiser, module.text_of(records(0, 4)), Keys(0)))
+        module.backward(
+            "denoiser", module.loss(records(0, 4), module.denoiser, module.condition(records(0, 4)), Keys(0))
+        )
         gradients.append(module.denoiser.backbone.conv_in.weight.grad)
     torch.testing.assert_close(*gradients)
 
 
 def test_embedded_guidance_reaches_a_distilled_network(tmp_path):
     folder = tiny_networks.pipeline_folder(tmp_path, "flux")
-    conds = [built(folder, embedded_guidance=g).encode_prompts(["red"]).guidance for g in (1.0, 3.5)]
+    conds = [built(folder, embedded_guidance=g).condition(Records.of_prompts(["red"])).guidance for g in (1.0, 3.5)]
     assert [float(c) for c in conds] == [1.0, 3.5]
 
 
@@ -205,7 +213,7 @@ def test_validation_before_the_first_step(folder, tmp_path):
 def test_cached_latents_take_the_place_of_pictures(folder):
     module, batch = built(folder), records(0, 4)
     with torch.no_grad():
-        cond = module.text_of(batch)
+        cond = module.condition(batch)
         online = module.loss(batch, module.denoiser, cond, Keys(0))
         batch.latent, batch.image = module.codec.encode(batch.image), None
         assert torch.equal(module.loss(batch, module.denoiser, cond, Keys(0)), online)
@@ -218,7 +226,7 @@ def test_class_conditional_pixel_network(tmp_path):
     module = Diffusion(str(folder / "unet"), process=DDPM(**DDPM_ARGS), prediction="eps")
     module.codec_source = module.text_source = None
     module.configure_model()
-    cond = module.text_of(records(0, 4))
+    cond = module.condition(records(0, 4))
     assert cond.label.tolist() == [0, 1, 2, 3]
     assert cond.null().label.tolist() == [10] * 4
 
@@ -259,7 +267,7 @@ def test_export_is_a_stock_pipeline_that_gives_our_pictures(tmp_path):
     prompts, positions = ["a red square", "two blue circles"], torch.arange(2)
     again = Diffusion(str(tmp_path / "out"), guidance=3.0, steps=10)
     again.configure_model()
-    ours = again.sample(again.encode_prompts(prompts), Keys(0), positions)
+    ours = again.sample(again.condition(Records.of_prompts(prompts)), Keys(0), positions)
     z = Keys(0).normal("z", positions, (4, 8, 8))
     theirs = pipeline(prompts, latents=z, guidance_scale=3.0, num_inference_steps=10, output_type="pt").images
     torch.testing.assert_close((ours + 1) / 2, theirs, atol=2e-4, rtol=0)
@@ -284,7 +292,7 @@ def test_impossible_options_are_refused_before_training(folder, tmp_path, option
 
 def test_data_that_does_not_fit_the_autoencoder_is_named(folder, tmp_path):
     with pytest.raises(UserError, match="does not fit the autoencoder"):
-        built(folder, size=15).sample(built(folder).encode_prompts(["red"]), Keys(0), torch.arange(1))
+        built(folder, size=15).sample(built(folder).condition(Records.of_prompts(["red"])), Keys(0), torch.arange(1))
 
 
 def test_same_data_order_with_and_without_validation(folder, tmp_path):

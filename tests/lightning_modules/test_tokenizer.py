@@ -114,3 +114,33 @@ def test_pictures_of_every_stream_are_used(tmp_path, options):
     module.gaussian_pass = lambda x, positions: (seen.append(len(x)), original(x, positions))[1]
     type(module).training_step.__wrapped__(module, {"main": records(0, 2), "real": records(50, 3)}, 0)
     assert seen == [5]
+
+
+def test_codes_that_died_start_again_as_encoder_outputs(tmp_path, options):
+    module = Tokenizer(architecture(tmp_path, "VQModel"), restart_until=1, autoencoder=options)
+    module.configure_model()
+    weight = module.autoencoder.quantize.embedding.weight
+    features, before = torch.randn(6, 4), weight.detach().clone()
+    module.restart_codes(features, torch.tensor([2, 2, 5, 5, 5, 5]))
+    kept = [2, 5]
+    assert torch.equal(weight[kept], before[kept])
+    others = [i for i in range(len(weight)) if i not in kept]
+    assert all(any(torch.equal(weight[i], f) for f in features) for i in others)
+
+
+def test_restarts_stop_where_the_option_says(tmp_path, options):
+    codebooks = []
+    for until in (0, 1):
+        module = Tokenizer(architecture(tmp_path, "VQModel"), restart_until=until, autoencoder=options)
+        fit(tmp_path, module, 1)
+        codebooks.append(module.autoencoder.quantize.embedding.weight.detach().clone())
+    assert (codebooks[0] - codebooks[1]).abs().max() > 0.1
+
+
+def test_validation_reports_the_share_of_the_codebook_in_use(tmp_path, options):
+    module = Tokenizer(architecture(tmp_path, "VQModel"), autoencoder=options)
+    trainer = fit(tmp_path, module, 1, val_check_interval=1)
+    codes = set()
+    for k in range(2):
+        codes |= set(LatentCodec(module.autoencoder_ema).encode_tokens(records(4 * k, 4).image).flatten().tolist())
+    assert float(trainer.callback_metrics["val/usage"]) == pytest.approx(len(codes) / 16)

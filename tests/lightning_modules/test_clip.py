@@ -1,0 +1,140 @@
+"""CLIP: InfoNCE in closed form, two towers that learn, the same gradient on two processes, a stock folder out."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pictures import fit, records
+from torch.nn.functional import normalize
+from toy import adam
+
+from lightning_modules.clip import CLIP, info_nce
+from lightning_t2i.networks.towers import Towers
+from lightning_t2i.options import GroupOptions
+from lightning_t2i.protocols import Embeds
+
+pytestmark = pytest.mark.filterwarnings("ignore:The .* does not have many workers")
+
+
+def architecture(folder: Path, **options) -> str:
+    text = {
+        "vocab_size": 2048, "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+    }  # fmt: skip
+    vision = {
+        "image_size": 16, "patch_size": 8, "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }  # fmt: skip
+    facts = {"_class_name": "CLIPModel", "projection_dim": 8, "text_config": text, "vision_config": vision, **options}
+    file = folder / "clip.json"
+    file.write_text(json.dumps(facts))
+    return str(file)
+
+
+def built(folder: Path, **options) -> CLIP:
+    module = CLIP(architecture(folder), "assets/tiny/tokenizers/clip", **options)
+    module.configure_model()
+    return module
+
+
+def test_equal_embeddings_cost_the_logarithm_of_the_batch():
+    x = normalize(torch.ones(5, 3), dim=-1)
+    assert float(info_nce(x, x, torch.tensor(7.0))) == pytest.approx(math.log(5), rel=1e-6)
+
+
+def test_orthogonal_pairs_cost_what_the_scale_leaves():
+    eye, scale = torch.eye(4, dtype=torch.float64), torch.tensor(3.0, dtype=torch.float64)
+    expected = math.log(math.exp(3) + 3) - 3
+    assert float(info_nce(eye, eye, scale)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_both_directions_count():
+    images, texts = torch.eye(2, dtype=torch.float64), torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    one = torch.tensor(1.0, dtype=torch.float64)
+    rows, columns = math.log(2), (math.log(math.e + 1) - 1 + math.log(math.e + 1)) / 2
+    assert float(info_nce(images, texts, one)) == pytest.approx((rows + columns) / 2, rel=1e-12)
+
+
+def test_the_scale_of_the_logits_is_limited(tmp_path):
+    module = built(tmp_path)
+    with torch.no_grad():
+        module.towers.clip.logit_scale.fill_(9.0)
+    batch = records(0, 4)
+    assert module.towers(batch.image, module.towers.tokenize(batch.caption))[2].item() == 100.0
+
+
+def test_it_learns_which_text_belongs_to_which_picture(tmp_path):
+    module = built(tmp_path)
+    optimizer = torch.optim.Adam(module.towers.parameters(), 3e-3)
+    batch, losses = {"main": records(0, 4)}, []
+    for _ in range(60):
+        loss, accuracy = module.contrast(batch, module.towers)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+    assert accuracy.item() == 1.0
+
+
+def test_validation_reports_loss_and_accuracy(tmp_path):
+    module = built(tmp_path, towers=GroupOptions(adam(1e-3)))
+    trainer = fit(tmp_path, module, 2, val_check_interval=2)
+    assert {"val/loss", "val/accuracy"} <= trainer.callback_metrics.keys()
+
+
+def test_the_export_is_a_stock_folder_with_our_embeddings(tmp_path):
+    from transformers import AutoProcessor, CLIPModel
+
+    module = built(tmp_path).eval()
+    assert isinstance(module, Embeds)
+    module.export(tmp_path / "out", [])
+    model = CLIPModel.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    images = (records(0, 3).image.clamp(-1, 1) * 127.5 + 127.5).round()
+    pixels = [np.asarray(image.permute(1, 2, 0).to(torch.uint8)) for image in images]
+    texts = ["a red square", "blue", "two circle and a square"]
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", use_fast=False)
+    with torch.no_grad():
+        out = model(**processor(images=pixels, text=texts, return_tensors="pt", padding=True))
+        torch.testing.assert_close(out.image_embeds, module.encode_image(images / 127.5 - 1), atol=3e-3, rtol=0)
+        torch.testing.assert_close(out.text_embeds, module.encode_text(texts), atol=3e-3, rtol=0)
+    again = Towers.build(str(tmp_path / "out"))
+    torch.testing.assert_close(again.encode_text(again.tokenize(texts)), out.text_embeds, atol=1e-5, rtol=0)
+
+
+def gradient(rank: int) -> list[torch.Tensor]:
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "helpers"))
+    return share_of_two(rank, 2)
+
+
+def share_of_two(rank: int, world: int) -> list[torch.Tensor]:
+    """The gradient of the loss over 4 pairs, each process with its share of them, averaged over processes."""
+    import tempfile
+
+    from pictures import records
+    from torch.distributed.nn.functional import all_gather
+
+    with tempfile.TemporaryDirectory() as folder:
+        module = built(Path(folder))
+    if world > 1:
+        module.gathered = lambda x, gradients: torch.cat(all_gather(x))
+    size = 4 // world
+    loss, _ = module.contrast({"main": records(rank * size, size)}, module.towers)
+    loss.backward()
+    gradients = [p.grad for p in module.towers.parameters()]
+    if world > 1:
+        for g in gradients:
+            torch.distributed.all_reduce(g)
+            g /= world
+    return gradients
+
+
+def test_negatives_come_from_all_processes(ranks):
+    whole = share_of_two(0, 1)
+    for found in ranks(gradient):
+        for a, b in zip(whole, found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

@@ -1,6 +1,6 @@
 """Samples per second of the loader against webdataset's own decoding, tarfile + PIL and PIL alone.
 
-    python benchmarks/loader.py [--samples 2000] [--workers 0 2] [--rounds 3] [--sets small large]
+    python -m benchmarks.loader [--samples 600] [--workers 0 2] [--rounds 3] [--sets small large]
 
 "small" are 32 x 32 PNG pictures read at 32, "large" are JPEG photographs of 640 x 480 read at 256, both drawn on the
 spot with English and Chinese captions. All contestants read the same shards, decode, resize, cut, turn into float
@@ -14,14 +14,11 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
-import platform
 import statistics
-import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +28,7 @@ import torch
 import webdataset
 from PIL import Image
 
+from benchmarks.rendering import tables
 from datamodules.encode import encode
 from datamodules.image_text import ImageText, to_images
 from datamodules.shards import ShardWriter
@@ -152,57 +150,62 @@ def small_vae(folder: Path) -> str:
     return str(folder)
 
 
-def measure(options: argparse.Namespace) -> list[str]:
-    rows = ["| pictures | workers | contestant | samples/s | against webdataset |", "|---|---|---|---|---|"]
+def compare(samples: int, workers: Sequence[int], rounds: int, sets: Sequence[str]) -> list[list[Any]]:
+    """Rows of (pictures, workers, contestant, median samples per second, the same over webdataset's)."""
+    rows: list[list[Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         vae = small_vae(Path(temporary) / "vae")
-        for name in options.sets:
+        for name in sets:
             size = SETS[name][2]
-            folder = make_data_set(Path(temporary), name, options.samples)
+            folder = make_data_set(Path(temporary), name, samples)
             encode(folder, "train", vae, size)
-            for workers in options.workers:
+            for count in workers:
                 contestants: dict[str, Callable[[], Iterator[tuple]]] = {
-                    "ours, decoded": partial(ours, folder, size, workers),
-                    "webdataset, decoded": partial(through_webdataset, folder, size, workers),
-                    "ours, latents": partial(ours, folder, size, workers, latents=vae),
+                    "ours, decoded": partial(ours, folder, size, count),
+                    "webdataset, decoded": partial(through_webdataset, folder, size, count),
+                    "ours, latents": partial(ours, folder, size, count, latents=vae),
                     "ours, latents, captions in memory": partial(
-                        ours, folder, size, workers, latents=vae, in_memory=True
+                        ours, folder, size, count, latents=vae, in_memory=True
                     ),
                 }
-                if workers == 0:  # these two have no workers
+                if count == 0:  # these two have no workers
                     contestants["tarfile + PIL"] = partial(through_tarfile, folder, size)
                     contestants["PIL alone"] = partial(pil_alone, folder, size)
                 rates: dict[str, list[float]] = {label: [] for label in contestants}
-                for _ in range(options.rounds):
+                for _ in range(rounds):
                     for label, start in contestants.items():
-                        rates[label].append(rate(start(), options.samples))
+                        rates[label].append(rate(start(), samples))
                 medians = {label: statistics.median(values) for label, values in rates.items()}
-                for label, value in medians.items():
-                    ratio = value / medians["webdataset, decoded"]
-                    rows.append(f"| {name} | {workers} | {label} | {value:,.0f} | {ratio:.2f} |")
+                reference = medians["webdataset, decoded"]
+                rows += [[name, count, label, value, value / reference] for label, value in medians.items()]
     return rows
 
 
-def machine() -> str:
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+def result(rows: list[list[Any]]) -> dict[str, Any]:
+    columns = [
+        ["pictures", ""],
+        ["workers", "d"],
+        ["contestant", ""],
+        ["samples/s", ",.0f"],
+        ["against webdataset", ".2f"],
     ]
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, webdataset {webdataset.__version__}"
-    return (
-        f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {versions}, Pillow {Image.__version__}"
-    )
+    return {"title": "Reading pictures", "tables": [{"columns": columns, "rows": rows}]}
+
+
+def measure(quick: bool = False) -> dict[str, Any]:
+    """Rates of all contestants on both data sets."""
+    return result(compare(64, [0], 1, ["small"]) if quick else compare(600, [0, 2], 3, list(SETS)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=2000, help="pictures in a data set and in a timed round")
+    parser.add_argument("--samples", type=int, default=600, help="pictures in a data set and in a timed round")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print("\n".join(measure(options)))
-    print(f"\nMachine: {machine()}. Command: python benchmarks/loader.py {' '.join(sys.argv[1:])}")
+    print(tables(result(compare(options.samples, options.workers, options.rounds, options.sets))))
 
 
 if __name__ == "__main__":

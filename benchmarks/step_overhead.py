@@ -1,6 +1,6 @@
 """Time of our training step against a bare PyTorch loop on the same network, data and optimizer.
 
-    python benchmarks/step_overhead.py [--targets 5 20 50] [--pairs 20] [--block 10] [--repeats 3]
+    python -m benchmarks.step_overhead [--targets 5 20 50] [--pairs 20] [--block 10] [--repeats 3]
 
 Both train a stack of convolutions on [4, 4, 8, 8] latents with the DDPM noise loss, AdamW and the gradient clipped to
 norm 1. The bare loop draws with torch.randn and logs nothing. Ours is a MethodModule in Lightning's Trainer as train.py
@@ -16,10 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +27,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from benchmarks.rendering import tables
 from callbacks.throughput import Throughput, ThroughputOptions
 from lightning_t2i.batch import Batch, Records
 from lightning_t2i.cli.session import TRAINER_DEFAULTS, quiet
@@ -213,26 +211,28 @@ def seconds_of_draws(steps: int = 20) -> float:
     return statistics.median(taken)
 
 
-def row(depth: int, repeats: int, pairs: int, block: int) -> str:
+def row(depth: int, repeats: int, pairs: int, block: int) -> list[float]:
     """One line of the table."""
     found = [pair for _ in range(repeats) for pair in compare(depth, pairs, block)]
     ours, bare = (1000 * statistics.median(values) for values in zip(*found, strict=True))
     ratios = [a / b for a, b in found]
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
-    draws = 1000 * seconds_of_draws()
-    return f"| {depth} | {bare:.2f} | {ours:.2f} | {middle:.3f} | {low:.3f}-{high:.3f} | {draws:.2f} | {len(found)} |"
+    return [depth, bare, ours, middle, low, high, 1000 * seconds_of_draws(), len(found)]
 
 
-def table(depths: list[int], repeats: int, pairs: int, block: int) -> str:
-    head = "| depth | bare, ms | ours, ms | ours / bare | quartiles | keyed draws, ms | pairs |\n" + "|---" * 7 + "|"
-    return "\n".join([head, *(row(depth, repeats, pairs, block) for depth in depths)])
+def result(depths: list[int], repeats: int, pairs: int, block: int) -> dict[str, Any]:
+    columns = [["depth", "d"], ["bare, ms", ".2f"], ["ours, ms", ".2f"], ["ours / bare", ".3f"]]
+    columns += [["lower quartile", ".3f"], ["upper quartile", ".3f"], ["keyed draws, ms", ".2f"], ["pairs", "d"]]
+    rows = [row(depth, repeats, pairs, block) for depth in depths]
+    return {"title": "A training step against a bare loop", "tables": [{"columns": columns, "rows": rows}]}
 
 
-def machine() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if "model name" in x]
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, lightning {L.__version__}"
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, 1 thread, {versions}"
+def measure(quick: bool = False) -> dict[str, Any]:
+    """Our step against a bare loop's at three sizes."""
+    quiet()
+    if quick:
+        return result([1], repeats=1, pairs=2, block=2)
+    return result([depth_for(milliseconds) for milliseconds in (5, 20, 50)], repeats=3, pairs=20, block=10)
 
 
 def main() -> None:
@@ -246,8 +246,7 @@ def main() -> None:
     torch.manual_seed(0)
     quiet()
     depths = [depth_for(milliseconds) for milliseconds in options.targets]
-    print(table(depths, options.repeats, options.pairs, options.block))
-    print(f"\nMachine: {machine()}. Command: python benchmarks/step_overhead.py {' '.join(sys.argv[1:])}".rstrip())
+    print(tables(result(depths, options.repeats, options.pairs, options.block)))
 
 
 if __name__ == "__main__":

@@ -170,15 +170,16 @@ class Health(L.Callback):
         if isinstance(module, Generates) and self.budget.allows(trainer):
             with self.budget.spending(), undisturbed(module):
                 self.values |= self._of_pictures(trainer, module, current)
-        if self.values:
-            log_metrics(trainer, {f"health/{k}": v for k, v in self.values.items()}, module.counters.step)
         self._warn(trainer, module.counters.step)
+        if self.values:
+            values = self.values | {"alarms": float(len(self.alarms))}
+            log_metrics(trainer, {f"health/{k}": v for k, v in values.items()}, module.counters.step)
 
     def _of_networks(self, trainer: L.Trainer, module: Any) -> dict[str, float]:
         values = {}
-        norms = [float(norm) for norm in self._norms.values()]
-        if len(norms) > 1:
-            values["gradient_ratio"] = max(norms) / max(min(norms), 1e-12)
+        if len(self._norms) > 1:  # a norm that is not a number stays one in torch's extremes, unlike in Python's
+            norms = torch.tensor([float(norm) for norm in self._norms.values()])
+            values["gradient_ratio"] = float(norms.max() / norms.min().clamp_min(1e-12))
         if self._gap is not None:
             gap = torch.as_tensor(self._gap, dtype=torch.float32, device=module.device)
             values["gap"] = float(trainer.strategy.reduce(gap, reduce_op="mean"))

@@ -153,7 +153,7 @@ class Diffusion(MethodModule):
         return weighted_loss(denoiser(x_t, t, cond), denoiser.target(x0, eps, t), weight)
 
     def forward_units(self) -> dict[str, float]:
-        """Forward passes of a training step: a gradient costs two, pictures and captions one each without one."""
+        """Forward passes of a training step: a gradient costs two more; pictures and captions one, unless cached."""
         text = {"text": 3.0 if "text" in self.groups else 1.0} if hasattr(self, "text") else {}
         return {"denoiser": 3.0, "codec.encoder": 1.0, **text}
 

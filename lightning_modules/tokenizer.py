@@ -60,6 +60,8 @@ class Tokenizer(MethodModule):
         common: options of the engine.
     """
 
+    used: Tensor  # [codes], how often each was chosen in this validation
+
     def __init__(
         self,
         network: str,
@@ -137,7 +139,7 @@ class Tokenizer(MethodModule):
             y = self.reconstruct(x)
         for _, chosen in seen:
             used = torch.bincount(self.gathered(chosen), minlength=self.autoencoder.config.num_vq_embeddings)
-            self.used = used + (self.used if batch_idx else 0)
+            self.used = self.used + used if batch_idx else used
         self.log("val/reconstruction", reconstruction_loss(x, y), batch_size=len(x), sync_dist=True)
         self.log("val/psnr", psnr(x, y), batch_size=len(x), sync_dist=True)
 

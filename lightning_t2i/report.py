@@ -60,6 +60,10 @@ def size_of(folder: Path) -> int:
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else 0
 
 
+def duration(seconds: float) -> str:
+    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min {seconds % 60:.0f} s"
+
+
 def cost_rows(folder: Path) -> list[tuple[str, str]]:
     """Wall time, speed, memory and checkpoint size."""
     rows = []
@@ -69,7 +73,7 @@ def cost_rows(folder: Path) -> list[tuple[str, str]]:
         rows += [
             ("training steps", f"{cost['steps']:,}"),
             ("samples", f"{cost['samples']:,}"),
-            ("wall time", f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min {seconds % 60:.0f} s"),
+            ("wall time", duration(seconds)),
             ("samples per second", f"{cost['samples'] / max(seconds, 1e-9):.1f}"),
             ("processes", str(cost["processes"])),
             ("peak memory", f"{cost['peak_memory_bytes'] / 2**30:.2f} GiB"),

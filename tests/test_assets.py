@@ -1,4 +1,4 @@
-"""The shipped tiny pipelines: stock formats, their own score, and one picture for our sampler and the stock one."""
+"""The shipped tiny networks: stock formats, the figures of their cards, our sampler and the stock one agree."""
 
 import json
 import math
@@ -9,16 +9,25 @@ import torch
 from safetensors import safe_open
 
 from datamodules.image_text import ImageText
+from datamodules.worlds.shapes_scenes import HELD_OUT, PAIRS
 from lightning_modules.classifier import targets
 from lightning_modules.diffusion import Diffusion
-from lightning_t2i.batch import Records
+from lightning_t2i.batch import Cond, Records
 from lightning_t2i.keys import Keys
+from lightning_t2i.metrics.assets import SOLVERS, main, tokens
+from lightning_t2i.metrics.shapes_detector import detect, to_pixels
 from lightning_t2i.metrics.shapes_score import ShapesScore
 from lightning_t2i.networks.classifier import ShapesClassifier
 from lightning_t2i.networks.codec import LatentCodec
 from lightning_t2i.networks.denoiser import Denoiser
+from lightning_t2i.networks.perceptual import PerceptualNetwork
+from lightning_t2i.pictures import to_pil
+from lightning_t2i.processes import sample
 
 TINY = Path(__file__).parent.parent / "assets/tiny"
+FOLDERS = ("vae", "vq", "classifier", "perceptual", "clip", "sd", "pixart", "flux", "ddpm", "edm", "tokenizers")
+TEACHERS = ("sd", "pixart", "flux")
+PROMPTS = ["a red circle", "two blue squares", "a green triangle above a yellow cross"]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +56,8 @@ def test_all_weights_are_small_fp16_safetensors():
         with safe_open(file, "pt") as weights:
             dtypes = {weights.get_tensor(name).dtype for name in weights.keys()}  # noqa: SIM118 (not a dict)
         assert dtypes <= {torch.float16, torch.int64}, file
-    assert sum(f.stat().st_size for f in TINY.rglob("*") if f.is_file()) < 25e6
+    contents = {f.read_bytes() for f in TINY.rglob("*") if f.is_file()}  # copies cost git nothing
+    assert sum(map(len, contents)) < 25e6
     assert not [f for f in TINY.rglob("*") if f.suffix in {".bin", ".pt", ".ckpt", ".pkl"}]
 
 
@@ -56,13 +66,14 @@ def test_no_config_tells_where_it_was_made():
         assert not json.loads(file.read_text()).get("_name_or_path"), file
 
 
-def test_the_pipeline_holds_the_shipped_autoencoder():
+@pytest.mark.parametrize("pipeline", ["sd", "pixart", "flux"])
+def test_a_pipeline_holds_the_shipped_autoencoder(pipeline):
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
-        assert (TINY / "sd/vae" / name).read_bytes() == (TINY / "vae" / name).read_bytes()
+        assert (TINY / pipeline / "vae" / name).read_bytes() == (TINY / "vae" / name).read_bytes()
 
 
 def test_each_folder_says_how_it_was_made():
-    for folder in ("vae", "classifier", "sd", "tokenizers"):
+    for folder in FOLDERS:
         text = (TINY / folder / "README.md").read_text()
         for word in ("Rebuild", "Machine", "Licence"):
             assert word in text, (folder, word)
@@ -88,39 +99,145 @@ def test_classifier_reads_scenes(scenes):
     assert right / 400 > 0.95
 
 
-def teacher(**options) -> Diffusion:
-    module = Diffusion(str(TINY / "sd"), **options)
+def test_discrete_tokens_keep_pictures_and_use_the_codebook():
+    card, found = json.loads((TINY / "vq/score.json").read_text()), tokens("vq", TINY / "vq")
+    assert found["usage"] >= 0.8
+    for name in ("psnr_vq", "psnr_vae"):
+        assert found[name] == pytest.approx(card[name], abs=0.3), name
+    sizes = [
+        sum(p.numel() for p in LatentCodec.from_pretrained(str(TINY / n)).vae.decoder.parameters())
+        for n in ("vq", "vae")
+    ]
+    assert sizes[0] == sizes[1]
+
+
+def test_perceptual_network_reads_scenes_and_is_not_the_metric(scenes):
+    network = PerceptualNetwork.from_pretrained(TINY / "perceptual")
+    x = scenes[0].image
+    shape, colour, _ = targets(scenes[0].scene)
+    scores = network.classify(x)
+    assert float((scores.shape.argmax(-1) == shape).float().mean()) > 0.95
+    assert float((scores.colour.argmax(-1) == colour).float().mean()) > 0.95
+    assert network.identity != ShapesClassifier.from_pretrained(TINY / "classifier").identity
+    near, far = network(x, x + 0.05 * torch.randn_like(x)), network(x, x.roll(1, 0))
+    assert float((near < far).float().mean()) > 0.95
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_clip_tells_pictures_apart(language):
+    from transformers import AutoProcessor, CLIPModel
+
+    card = json.loads((TINY / "clip/score.json").read_text())
+    stream = ImageText("shapes", split="test", batch_size=100, in_memory=True, languages=[language])
+    stream.prepare()
+    stream.setup()
+    stream.begin(0, "test", shuffle=False)
+    records = stream.load(range(100), 0)
+    model = CLIPModel.from_pretrained(TINY / "clip", dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(TINY / "clip", use_fast=False)
+    pictures = to_pil(records.image)
+    with torch.no_grad():
+        out = model(**processor(images=pictures, text=records.caption, return_tensors="pt", padding=True))
+    recall = float((out.logits_per_image.argmax(1) == torch.arange(100)).float().mean())
+    assert recall == pytest.approx(card[f"recall@1,n=100,{language}"], abs=0.03)
+    assert recall > 0.1  # chance is 0.01
+
+
+def teacher(name: str, **options) -> Diffusion:
+    module = Diffusion(str(TINY / name), **{"size": 32, **options})
     module.configure_model()
     return module.eval()
 
 
-def test_stock_pipeline_gives_our_pictures():
-    from diffusers import StableDiffusionPipeline
+def stock(name: str):
+    """The pipeline's own class, and what it is called with to draw our pictures."""
+    import diffusers
 
-    pipeline = StableDiffusionPipeline.from_pretrained(TINY / "sd", dtype=torch.float32)
+    cls, options = {
+        "sd": (diffusers.StableDiffusionPipeline, {"guidance_scale": 3.0}),
+        "pixart": (
+            diffusers.PixArtAlphaPipeline,
+            {"guidance_scale": 3.0, "use_resolution_binning": False, "clean_caption": False, "height": 32, "width": 32},
+        ),
+        "flux": (
+            diffusers.FluxPipeline,
+            {"true_cfg_scale": 3.0, "negative_prompt": [""] * 3, "max_sequence_length": 32, "height": 32, "width": 32},
+        ),
+    }[name]
+    pipeline = cls.from_pretrained(TINY / name, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    module, prompts = teacher(), ["a red circle", "two blue squares", "a green triangle above a yellow cross"]
+    return pipeline, options
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_stock_pipeline_gives_our_pictures(name):
+    pipeline, options = stock(name)
+    module = teacher(name, solver=SOLVERS[name])
     z = Keys(0).normal("z", torch.arange(3), (4, 8, 8))
-    theirs = pipeline(prompts, latents=z, guidance_scale=3.0, num_inference_steps=25, output_type="pt").images
+    theirs = pipeline(
+        PROMPTS,
+        latents=pipeline._pack_latents(z, 3, 4, 8, 8) if name == "flux" else z,
+        num_inference_steps=25,
+        output_type="pt",
+        **options,
+    ).images
     ours = module.sample(
-        module.condition(Records.of_prompts(prompts)), Keys(0), torch.arange(3), guidance=3.0, steps=25
+        module.condition(Records.of_prompts(PROMPTS)), Keys(0), torch.arange(3), guidance=3.0, steps=25
     )
-    torch.testing.assert_close((ours + 1) / 2, theirs, atol=1e-3, rtol=0)
+    torch.testing.assert_close((ours + 1) / 2, theirs, atol=2e-3, rtol=0)
 
 
-def test_teacher_draws_what_it_is_asked(scenes):
+@pytest.mark.parametrize("name", TEACHERS)
+def test_teacher_draws_what_it_is_asked(scenes, name):
     """A tenth of the full measurement in the card; the bound is three standard errors below its figure."""
-    card = json.loads((TINY / "sd/score.json").read_text())
-    module, n = teacher(guidance=card["guidance"]), 60
+    card = json.loads((TINY / name / "score.json").read_text())
+    module, n = teacher(name, guidance=card["guidance"], solver=SOLVERS[name]), 60
     records = scenes[0].slice(0, n)
     picture = module.sample(module.condition(records), Keys(0).fork("eval"), records.position)
     p = card["overall"]
     assert score([picture], [records]) > p - 3 * math.sqrt(p * (1 - p) / n)
 
 
+def test_stock_pipelines_of_pixels_give_our_pictures():
+    import diffusers
+
+    ddpm = diffusers.DDIMPipeline.from_pretrained(TINY / "ddpm", dtype=torch.float32)
+    edm = diffusers.ConsistencyModelPipeline.from_pretrained(TINY / "edm", dtype=torch.float32)
+    for pipeline in (ddpm, edm):
+        pipeline.set_progress_bar_config(disable=True)
+    theirs = ddpm(2, torch.Generator().manual_seed(3), num_inference_steps=10, output_type="np").images
+    z = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    ours = sample(Denoiser.from_pretrained(str(TINY / "ddpm")), z, None, 10)
+    shown = (ours / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(shown, torch.from_numpy(theirs).permute(0, 3, 1, 2), atol=2e-3, rtol=0)
+    labels = torch.tensor([3, 17])
+    theirs = edm(2, labels, num_inference_steps=10, latents=z, output_type="pt").images
+    cond = Cond(label=labels, null_label=32)
+    ours = sample(Denoiser.from_pretrained(str(TINY / "edm")), z, cond, 10, 1.0, "euler")
+    # diffusers starts from z sqrt(sigma_max^2 + 1), this repository from z sigma_max: 8e-5 apart.
+    torch.testing.assert_close((ours / 2 + 0.5).clamp(0, 1), theirs, atol=1e-2, rtol=0)
+
+
+def test_pixel_teachers_draw_scenes():
+    """The unconditional one draws what the detector knows; the conditional one the pair that its label names."""
+    cards = {name: json.loads((TINY / name / "score.json").read_text()) for name in ("ddpm", "edm")}
+    found = teacher("ddpm", size=None).sample(None, Keys(0), torch.arange(48), steps=25)
+    share = sum(1 <= len(detect(p)) <= 3 for p in to_pixels(found)) / 48
+    labels = torch.arange(48) % 32
+    cond = Cond(label=labels, null_label=32)
+    found = teacher("edm", size=None, solver="heun").sample(cond, Keys(0), torch.arange(48), guidance=1.0, steps=12)
+    pairs = [{(o["shape"], o["colour"]) for o in detect(p)} for p in to_pixels(found)]
+    asked = [
+        PAIRS[label] in seen for label, seen in zip(labels.tolist(), pairs, strict=True) if PAIRS[label] not in HELD_OUT
+    ]
+    for name, value, n in (("ddpm", share, 48), ("edm", sum(asked) / len(asked), len(asked))):
+        p = cards[name]["scenes" if name == "ddpm" else "pairs"]
+        assert value > p - 3 * math.sqrt(max(p * (1 - p), 0.01) / n), name
+
+
 def test_early_snapshot_is_worse_than_the_teacher():
     denoiser = Denoiser.from_pretrained(str(TINY / "sd"), subfolder="unet_early")
-    module = teacher()
+    module = teacher("sd")
     stream = ImageText("shapes", split="val", batch_size=200, in_memory=True)
     stream.prepare()
     stream.setup()
@@ -130,3 +247,8 @@ def test_early_snapshot_is_worse_than_the_teacher():
         cond = module.condition(records)
         losses = [float(module.loss(records, d, cond, Keys(0))) for d in (denoiser, module.denoiser)]
     assert losses[0] > losses[1]
+
+
+def test_unknown_networks_are_refused(capsys):
+    assert main(["sdd"]) == 2
+    assert "No such network is measured" in capsys.readouterr().err

@@ -1,10 +1,11 @@
-"""export: a trained run to the stock folder of its method, or a published EDM snapshot to a model folder."""
+"""export: a trained run to the stock folder of its method, or a published EDM snapshot; each with a model card."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from lightning_t2i.cli import runs
+from lightning_t2i.cli.card import RunFacts, write_card, write_edm_card
 from lightning_t2i.cli.main import Request
 from lightning_t2i.cli.verbs import opened
 from lightning_t2i.errors import UserError
@@ -29,6 +30,7 @@ def export(request: Request) -> int:
         from lightning_t2i.networks.edm_snapshot import LICENCE, convert_snapshot
 
         convert_snapshot(request.from_edm, out)
+        write_edm_card(out, request.from_edm, LICENCE)
         print(f"exported {request.from_edm} to {out}\nlicence of EDM's published weights: {LICENCE}")
         return 0
     if (found := opened(request)) is None:
@@ -50,5 +52,7 @@ def export(request: Request) -> int:
     data.prepare_data()
     data.setup("validate")
     method.export(out, data.val_dataloader())
+    sampling = {name: getattr(method, name, None) for name in ("steps", "guidance", "embedded_guidance")}
+    write_card(out, RunFacts.of(folder, method, state), sampling)
     print(f"exported {checkpoint} to {out}")
     return 0

@@ -139,6 +139,7 @@ def test_gradient_norms_that_part_raise_an_alarm(studio, caplog) -> None:
     assert sick.values["gradient_ratio"] == pytest.approx(1e4, rel=1e-3)
     assert "gradient_ratio is 1e+04, above its limit of 1000" in alarms(caplog)[0]
     assert sorted(notebook.values("health/gradient_ratio")) == [1, 2]
+    assert set(notebook.values("health/alarms").values()) == {1.0}
 
 
 def test_a_noted_gap_is_logged_and_alarms_beyond_its_limit(studio, caplog) -> None:

@@ -76,3 +76,15 @@ def test_no_training_config_uses_the_metric_network(repo):
     for file in files:
         config = yaml.safe_load(file.read_text()) or {}
         assert not any(names(config.get(section)) for section in ("model", "data", "trainer")), file
+
+
+def test_the_network_option_decides_what_is_trained(tmp_path):
+    from lightning_t2i.networks.classifier import ShapesClassifier
+    from lightning_t2i.networks.perceptual import PerceptualNetwork
+
+    for name, cls in (("metric", ShapesClassifier), ("perceptual", PerceptualNetwork)):
+        module = Classifier(network=name)
+        module.configure_model()
+        module.export(tmp_path / name, [])
+        assert isinstance(module.classifier, cls)
+        assert cls.from_pretrained(tmp_path / name).identity.startswith("sha256:")

@@ -22,8 +22,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .* does not have many worker
 
 def architecture(folder: Path, **options) -> str:
     text = {
-        "vocab_size": 2048, "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+        "vocab_size": 2048, "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 1,
+        "pad_token_id": 1,
     }  # fmt: skip
     vision = {
         "image_size": 16, "patch_size": 8, "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1,

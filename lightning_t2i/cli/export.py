@@ -7,10 +7,10 @@ from pathlib import Path
 from lightning_t2i.cli import runs
 from lightning_t2i.cli.card import RunFacts, write_card, write_edm_card
 from lightning_t2i.cli.main import Request
+from lightning_t2i.cli.restore import restore
 from lightning_t2i.cli.verbs import opened
 from lightning_t2i.errors import UserError
 from lightning_t2i.protocols import Exports
-from lightning_t2i.state_io import AtomicCheckpointIO, newest
 
 
 def export(request: Request) -> int:
@@ -37,16 +37,9 @@ def export(request: Request) -> int:
         return 0
     session, _ = found
     folder = runs.runs_root() / runs.run_name(request.run, request.configs)
-    checkpoint = request.ckpt_path or newest(folder / "checkpoints")
-    if checkpoint is None:
-        raise UserError("The run has no complete checkpoint", where="--run", given=folder, fix="fit it first")
-    state = AtomicCheckpointIO().load_checkpoint(checkpoint)
     session.build(folder, [], [])
     method, data, name = session.method, session.data, type(session.method).__name__
-    method.configure_model()
-    method.on_load_checkpoint(state)
-    method.load_state_dict(state["state_dict"])
-    method.eval()
+    checkpoint, state = restore(method, folder, request.ckpt_path)
     if not isinstance(method, Exports):
         raise UserError("This method has nothing to export", where="model.class_path", given=name)
     data.prepare_data()

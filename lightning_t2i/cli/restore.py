@@ -1,0 +1,52 @@
+"""A run's method with the weights of a checkpoint, outside of a training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning_t2i.cli.configs import merge
+from lightning_t2i.cli.session import Session, quiet
+from lightning_t2i.errors import UserError
+from lightning_t2i.method import MethodModule
+from lightning_t2i.state_io import AtomicCheckpointIO, newest
+
+
+def restore(method: MethodModule, run: Path, checkpoint: Path | None = None) -> tuple[Path, dict[str, Any]]:
+    """Builds the networks of a method and gives them the weights of a checkpoint; eval mode.
+
+    Args:
+        run: run folder; its newest checkpoint is taken where none is named.
+
+    Returns:
+        The checkpoint's folder and its state.
+
+    Raises:
+        UserError: there is no complete checkpoint.
+    """
+    found = checkpoint or newest(run / "checkpoints")
+    if found is None:
+        raise UserError("The run has no complete checkpoint", where="--run", given=run, fix="fit it first")
+    state = AtomicCheckpointIO().load_checkpoint(found)
+    method.configure_model()
+    method.on_load_checkpoint(state)
+    method.load_state_dict(state["state_dict"])
+    method.eval()
+    return found, state
+
+
+def trained(run: Path, weights: Literal["ema", "raw"] = "ema") -> MethodModule:
+    """The method of a run folder with the weights of its newest checkpoint, in eval mode.
+
+    Args:
+        weights: "ema" samples from the averaged weights as the method does, "raw" from those of the last step.
+    """
+    quiet()
+    session = Session()
+    session.parse(merge([run / "config.yaml"]), "validate")
+    session.construct()
+    restore(session.method, run)
+    if weights == "raw":
+        for group in session.method.groups.values():
+            group.ema = None  # `generator_of` then gives the weights themselves
+    return session.method

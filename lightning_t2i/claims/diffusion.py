@@ -12,10 +12,10 @@ arm. The EMA is that of configs/diffusion/tiny.yaml, whose decay is (1 + n) / (1
 that it spans about the last tenth of the training. Each of both kinds of weights is sampled at the guidance that is
 best for it on validation prompts; test prompts are seen by the claims alone.
 
-Thresholds, set before the first full run: what a reader would call an improvement, about half of what a pilot showed (.48 to .6).
-The pilot was one training with seed 100, read at step 700 on 120 validation prompts, where a score has a standard error
-of about 0.03: averaged weights 0.133 at guidance 3, 0.075 at 1, 0.083 at 15; raw weights 0.092 at guidance 3. The arms
-train for longer, since few pictures are right at step 700.
+Thresholds, set before the first full run: what a reader would call an improvement, half to two thirds of what a pilot
+showed. The pilot was one training with seed 100, read at step 700 on 120 validation prompts, where a score has a
+standard error of about 0.03: averaged weights 0.133 at guidance 3, 0.075 at 1, 0.083 at 15; raw weights 0.092 at
+guidance 3. The arms train for longer, since few pictures are right at step 700.
 """
 
 from __future__ import annotations

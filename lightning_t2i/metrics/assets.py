@@ -95,12 +95,13 @@ def on_pixels(name: str, folder: Path) -> dict[str, Any]:
     scorer = build_scorer("fd", ScorerOptions(), "shapes-train")
     scenes, pairs = 0, []
     for r in records:
+        labels = r.label.tolist() if r.label is not None else []
         cond = Cond(label=r.label, null_label=classes - 1) if classes else None
         images = method.sample(cond, Keys(0).fork("eval"), r.position, guidance=1.0)
         scorer.add(images, r)
         found = [detect(p) for p in to_pixels(images)]
         scenes += sum(1 <= len(objects) <= 3 for objects in found)
-        for label, objects in zip(r.label.tolist() if classes else [], found, strict=classes is not None):
+        for label, objects in zip(labels if classes else [], found, strict=classes is not None):
             if PAIRS[label] not in HELD_OUT:
                 pairs.append(PAIRS[label] in {(o["shape"], o["colour"]) for o in objects})
     shares = {"scenes": round(scenes / N, 4), **({"pairs": round(sum(pairs) / len(pairs), 4)} if pairs else {})}
@@ -125,7 +126,7 @@ def tokens(name: str, folder: Path) -> dict[str, Any]:
     """PSNR in dB of both autoencoders, shapes score of reconstructions, and the share of the codebook in use."""
     vq, vae = LatentCodec.from_pretrained(str(folder)), LatentCodec.from_pretrained(str(TINY / "vae"))
     x = torch.cat([r.image for r in pictures("test", 400)])
-    scenes = [scene for r in pictures("test", 400) for scene in r.scene]
+    scenes = [scene for r in pictures("test", 400) for scene in r.scene or []]
     chosen = torch.cat([vq.encode_tokens(part) for part in x.split(100)])
     y = torch.cat([vq.decode_tokens(part) for part in chosen.split(100)])
     z = torch.cat([vae.decode(vae.encode(part)) for part in x.split(100)])

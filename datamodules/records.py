@@ -18,7 +18,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from datamodules.order import GlobalOrder
+from datamodules.order import GlobalOrder, finite_batches
 from datamodules.shards import Index
 from lightning_t2i.batch import Records
 from lightning_t2i.errors import UserError
@@ -80,6 +80,10 @@ class Stream(ABC):
         """The samples at global positions; `batch_index` is the number of the batch they form."""
         places = torch.as_tensor(np.asarray(positions, dtype=np.int64))
         return replace(self.fetch(self.order.rows(places.numpy()), places), position=places, cursor=batch_index + 1)
+
+    def passes(self, rank: int, world: int) -> list[range]:
+        """The positions of a rank's batches of one pass over the data, in order; as many batches on every rank."""
+        return finite_batches(len(self), self.batch_size, rank, world)
 
     def read_good(self, row: int, read: Callable[[int], T], name: Callable[[int], str]) -> tuple[int, T]:
         """(row, `read(row)`), or the same of the next row of its block that is not bad, so that positions never shift.
@@ -236,6 +240,10 @@ class Shards:
             raise BadSample("json: not an object")
         return meta
 
+    def data(self, row: int) -> bytes:
+        """The sample's own bytes: an encoded picture, or what the data set has in its place."""
+        return self._read(row, "offset", "size")
+
     def picture(self, row: int, size: int | None = None) -> Image.Image:
         """The decoded picture in RGB; transparent pixels become white.
 
@@ -245,7 +253,7 @@ class Shards:
                 an eighth of its size, never below twice the need, which is several times faster.
         """
         try:
-            image = Image.open(io.BytesIO(self._read(row, "offset", "size")))
+            image = Image.open(io.BytesIO(self.data(row)))
             if size is not None:
                 image.draft("RGB", (2 * size, 2 * size))
             image.load()

@@ -49,13 +49,19 @@ class ShardWriter:
         split: name of the split.
         samples_per_shard: samples of a shard; the last one may have fewer.
         world: parameters that made the data, stored in the index.
+        first: number of the first shard, for a writer that makes a part of the shards.
     """
 
     def __init__(
-        self, folder: str | Path, split: str, samples_per_shard: int = 1000, world: Mapping[str, Any] | None = None
+        self,
+        folder: str | Path,
+        split: str,
+        samples_per_shard: int = 1000,
+        world: Mapping[str, Any] | None = None,
+        first: int = 0,
     ):
         self.folder, self.split, self.samples_per_shard = Path(folder), split, samples_per_shard
-        self.world = dict(world or {})
+        self.world, self.first = dict(world or {}), first
         self._columns: dict[str, list[Any]] = {name: [] for name in TYPES}
         self._extra: list[Mapping[str, Any]] = []
         self._languages: list[frozenset[str]] = []
@@ -95,6 +101,22 @@ class ShardWriter:
         Raises:
             UserError: the key is taken or cannot be a member's name.
         """
+        self._take(key)
+        text = json.dumps(meta, ensure_ascii=False, separators=(",", ":")).encode()
+        width, height = picture_size(image)
+        row = {
+            "offset": self._member(f"{key}.{ext}", image),
+            "size": len(image),
+            "json_offset": self._member(f"{key}.json", text),
+            "json_size": len(text),
+            "ext": ext,
+            "width": width,
+            "height": height,
+        }
+        self._add(key, row, meta, columns or {})
+
+    def _take(self, key: str) -> None:
+        """Takes the key of the next sample, and begins its shard where it is the first of one."""
         if not key or {".", "/", "\0"} & set(key) or len(key.encode()) > 90:
             raise UserError(
                 "Not a key of a sample", where="key", given=repr(key), allowed="1-90 bytes without dot or slash"
@@ -104,23 +126,13 @@ class ShardWriter:
         self._keys.add(key)
         if len(self) % self.samples_per_shard == 0:
             self._next_shard()
-        text = json.dumps(meta, ensure_ascii=False, separators=(",", ":")).encode()
-        width, height = picture_size(image)
-        row = {
-            "shard": len(self._sha256),
-            "offset": self._member(f"{key}.{ext}", image),
-            "size": len(image),
-            "json_offset": self._member(f"{key}.json", text),
-            "json_size": len(text),
-            "key": key,
-            "ext": ext,
-            "width": width,
-            "height": height,
-        }
-        for name, value in row.items():
+
+    def _add(self, key: str, row: Mapping[str, Any], meta: Mapping[str, Any], columns: Mapping[str, Any]) -> None:
+        """Adds a sample to the index: where its bytes are (`row`), its languages and its further columns."""
+        for name, value in {"shard": len(self._sha256), "key": key, **row}.items():
             self._columns[name].append(value)
         self._languages.append(frozenset(name for name, texts in meta.get("caption", {}).items() if any(texts)))
-        self._extra.append(dict(columns or {}))
+        self._extra.append(dict(columns))
 
     def close(self) -> Index:
         """Ends the last shard, writes the index and returns it."""
@@ -138,15 +150,11 @@ class ShardWriter:
             "world": self.world,
             "n": len(self),
         }
-        table = pa.table(columns).replace_schema_metadata({b"t2i": json.dumps(facts, ensure_ascii=False).encode()})
-        path = index_path(self.folder, self.split)
-        pq.write_table(table, f"{path}.part", compression="zstd")
-        os.replace(f"{path}.part", path)
-        return Index.load(self.folder, self.split)
+        return write_index(self.folder, pa.table(columns), facts)
 
     def _next_shard(self) -> None:
         self._end_shard()
-        self._name = f"{self.split}-{len(self._sha256):06d}.tar"
+        self._name = shard_name(self.split, self.first + len(self._sha256))
         self._file, self._hash, self._offset = (self.folder / self._name).open("wb"), hashlib.sha256(), 0
 
     def _end_shard(self) -> None:
@@ -219,6 +227,19 @@ class Index:
 
 def index_path(folder: Path, split: str) -> Path:
     return folder / f"index-{split}.parquet"
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:06d}.tar"
+
+
+def write_index(folder: Path, table: pa.Table, facts: Mapping[str, Any]) -> Index:
+    """Writes the index of a split (columns as in `TYPES` and more, `facts` as in `Index`) and returns it."""
+    path = index_path(folder, facts["split"])
+    table = table.replace_schema_metadata({b"t2i": json.dumps(facts, ensure_ascii=False).encode()})
+    pq.write_table(table, f"{path}.part", compression="zstd")
+    os.replace(f"{path}.part", path)
+    return Index.load(folder, facts["split"])
 
 
 def finish(

@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.order import batch_positions, finite_batches
+from datamodules.order import batch_positions
 from datamodules.records import Stream
 from lightning_t2i.batch import Batch, Records
 from lightning_t2i.errors import UserError
@@ -51,7 +51,7 @@ class StreamLoader:
         start: name -> number of the first batch. It is asked at every `iter`: a new iteration goes on where the
             consumer stands, not where workers have read ahead to.
         rank, world: which slice of every batch to read.
-        finite: one pass in index order (see `finite_batches`), not the endless sequence of the order.
+        finite: one pass (see `Stream.passes`), not the endless sequence of the order.
         workers: worker processes per stream; they change speed only.
         pin: copy batches to page-locked memory.
     """
@@ -70,11 +70,12 @@ class StreamLoader:
         self.length: int | None = None
         self.loaders: dict[str, DataLoader] = {}
         for name, stream in streams.items():
-            batch_positions(0, stream.batch_size, rank, world)  # refuses a size that does not divide, before any worker
             positions: Callable[[int], Any] = partial(batch_positions, size=stream.batch_size, rank=rank, world=world)
             if finite:
-                passes = finite_batches(len(stream), stream.batch_size, rank, world)
+                passes = stream.passes(rank, world)
                 self.length, positions = len(passes), passes.__getitem__
+            else:
+                positions(0)  # refuses a size that does not divide, before any worker
             self.loaders[name] = DataLoader(
                 _Loads(stream, positions),
                 sampler=_From(partial(start, name), self.length),

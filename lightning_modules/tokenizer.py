@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lightning_t2i.batch import Batch
 from lightning_t2i.frozen import folder_identity
 from lightning_t2i.method import MethodModule
+from lightning_t2i.networks.build import forget_origin
 from lightning_t2i.networks.load import build_network
 from lightning_t2i.networks.perceptual import PerceptualNetwork
 from lightning_t2i.options import GroupOptions, MethodOptions
@@ -151,11 +152,11 @@ class Tokenizer(MethodModule):
     def export(self, folder: Path, batches: Iterable[Batch]) -> None:
         """Writes the diffusers folder, fp16, with the scale that gives the latents of `batches` unit deviation."""
         autoencoder: Any = copy.deepcopy(self.generator_of("autoencoder"))
-        autoencoder.register_to_config(_name_or_path="")  # where it was read from is nobody else's business
         if not self.discrete and self.train_encoder:  # else the latents, and with them their scale, are as before
             z = torch.cat([autoencoder.encode(b["main"].image).latent_dist.mean for b in batches])
             autoencoder.register_to_config(scaling_factor=1 / float(z.std()))
         autoencoder.half().save_pretrained(folder)
+        forget_origin(folder)
 
 
 @contextmanager

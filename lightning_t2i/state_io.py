@@ -47,7 +47,7 @@ def copy_into(target: Tensor, saved: Tensor) -> None:
             target.copy_(saved)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Waits until a file, or the entries of a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -60,9 +60,9 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file so that readers see the old content or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(data)
-    _flush(temporary)
+    flush(temporary)
     os.replace(temporary, path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -77,7 +77,7 @@ class AtomicCheckpointIO(CheckpointIO):
         temporary.mkdir()
         try:
             torch.save(checkpoint, temporary / STATE)
-            _flush(temporary / STATE)
+            flush(temporary / STATE)
             step = int(checkpoint.get("global_step", 0))
             write_atomically(
                 temporary / MARKER,
@@ -86,7 +86,7 @@ class AtomicCheckpointIO(CheckpointIO):
             if path.exists():
                 self.remove_checkpoint(path)
             os.replace(temporary, path)
-            _flush(path.parent)
+            flush(path.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise

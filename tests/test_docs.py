@@ -1,12 +1,14 @@
 """The documents say what is there: commands parse, files and tests exist, samples are the code, and add-a-method runs.
 
 In add-a-method.md a comment above each block says how it is run: `run: shell`, `run: write FILE`, both optionally
-followed by `needs FOLDER`. Links are checked by tests/test_hygiene.py.
+followed by `needs FOLDER`. A block under `run: shell long: REASON` is run only where the environment variable
+LIGHTNING_T2I_LONG_TESTS is set. Links are checked by tests/test_hygiene.py.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -15,6 +17,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -27,6 +30,8 @@ from lightning_t2i.paths import ROOT
 
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 TUTORIAL = ROOT / "docs" / "add-a-method.md"
+LONG = "LIGHTNING_T2I_LONG_TESTS"  # environment variable
+GAP = 0.5  # of the tutorial's student after 30 steps, below it; before the first step it is above
 RUN_VERBS = {"setup", "lint", "test", "--help"}  # of ./run itself
 USERS = ("my_", "my-", "your")  # names that a page invents for its reader's own files
 
@@ -130,7 +135,7 @@ def wrong_command(words: list[str], session: Session, made: set[str]) -> str | N
     if words[:2] == ["python", "-m"]:
         return None if importlib.util.find_spec(words[2]) else f"no module {words[2]}"
     if words[:1] == ["python"] and len(words) > 1 and words[1] != "train.py":
-        return None if (ROOT / words[1]).is_file() else f"no file {words[1]}"
+        return None if (ROOT / words[1]).is_file() or words[1] in made else f"no file {words[1]}"
     ours = words[1:] if words[:1] == ["./run"] else words[2:] if words[:2] == ["python", "train.py"] else None
     if ours is None or ours[0].startswith("-"):
         return None
@@ -246,26 +251,37 @@ def copy_of_the_tree(folder: Path) -> Path:
     """What add-a-method needs of the repository, so that nothing is written into it."""
     for name in ("lightning_t2i", "lightning_modules", "callbacks", "datamodules", "configs", "assets"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "tests" / "lightning_modules").mkdir(parents=True)
+    for name in ("tests/lightning_modules", "docs/results", "docs/images"):
+        (folder / name).mkdir(parents=True)
     for name in ("train.py", "pyproject.toml", "tests/conftest.py"):
         shutil.copy(ROOT / name, folder / name)
     return folder
 
 
 def run_page(markdown: str, folder: Path, environment: dict[str, str]) -> list[str]:
-    """Runs the marked blocks in order; returns the shell blocks that were left out since a folder is missing."""
+    """Runs the marked blocks in order; returns why blocks were left out: a folder is missing, or they take long."""
     left_out = []
     for block in blocks(markdown):
         what, _, needed = block.note.removeprefix("run: ").partition(" needs ")
+        kind, is_long, reason = what.partition(" long: ")
+        if is_long:
+            what = kind
         if needed and not any((folder / needed).glob("*.json")):
             left_out.append(f"{needed} is missing")
+        elif is_long and LONG not in environment:
+            left_out.append(reason)
         elif what.startswith("write "):
             target = folder / what.removeprefix("write ")
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(block.text, encoding="utf-8")
         elif what == "shell":
             done = subprocess.run(
-                ["bash", "-euc", block.text], cwd=folder, env=environment, capture_output=True, text=True, timeout=900
+                ["bash", "-euc", block.text],
+                cwd=folder,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=3600 if is_long else 900,
             )
             assert done.returncode == 0, f"{block.text}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
         else:
@@ -274,26 +290,54 @@ def run_page(markdown: str, folder: Path, environment: dict[str, str]) -> list[s
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600 if LONG in os.environ else 1200)
 def test_add_a_method_runs_as_written(tmp_path) -> None:
     folder = copy_of_the_tree(tmp_path / "copy")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("LIGHTNING_T2I_", "SLURM_", "PYTEST_"))}
+    environment |= {LONG: "1"} if LONG in os.environ else {}
     environment |= {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # `python` is this one
         "LIGHTNING_T2I_RUNS": str(tmp_path / "runs"),
         "LIGHTNING_T2I_DATA": os.environ.get("LIGHTNING_T2I_DATA", str(ROOT / "data")),  # the worlds are made once
         "PYTHONPATH": str(folder),
     }
-    left_out = run_page(TUTORIAL.read_text(encoding="utf-8"), folder, environment)
-    assert (tmp_path / "runs" / "my_method-0" / "report.md").is_file()
-    config = yaml.safe_load((tmp_path / "runs" / "my_method-0" / "config.yaml").read_text())
-    assert config["model"]["class_path"] == "lightning_modules.my_method.MyMethod"
-    assert left_out == []
-    lines = (tmp_path / "runs" / "my_method-1" / "metrics.jsonl").read_text()
-    for name in ("student/loss", "student/gap", "fake/loss", "val/gap", "health/student_std"):
-        assert f'"{name}"' in lines
-    assert (tmp_path / "runs" / "my_method-1" / "checkpoints" / "step-00000008").is_dir()
-    assert list((tmp_path / "runs" / "my_method-1" / "samples").glob("*.png"))
+    page = TUTORIAL.read_text(encoding="utf-8")
+    left_out = run_page(page, folder, environment)
+    assert (tmp_path / "runs" / "my_lcm-0" / "report.md").is_file()
+    config = yaml.safe_load((tmp_path / "runs" / "my_lcm-0" / "config.yaml").read_text())
+    assert config["model"]["class_path"] == "lightning_modules.my_lcm.MyLcm"
+    assert len(left_out) == (0 if LONG in environment else page.count("run: shell long: "))
+
+    run = tmp_path / "runs" / "my_lcm-1"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    gaps = {line["step"]: line["val/gap"] for line in lines if "val/gap" in line}
+    assert gaps[30] < GAP < gaps[0]
+    assert any("student/loss" in line for line in lines)
+    assert (run / "checkpoints" / "step-00000032").is_dir()
+    assert list((run / "samples").glob("*.png"))
+    assert "test/shapes_score/overall@n=100" in (run / "test.jsonl").read_text()
+    scores = json.loads((folder / "my_lcm.json").read_text())["scores"]
+    assert scores["student, 4 steps"]["overall"][0] > scores["teacher, 4 steps, guidance 4.5"]["overall"][0]
+    assert (folder / "my_lcm.png").is_file()
+    if LONG in environment:
+        assert_students_are_ahead(json.loads((folder / "docs/results/lcm.json").read_text()))
+
+
+def assert_students_are_ahead(result: dict[str, Any]) -> None:
+    """The claim of the page: in four steps the student is better than the teacher at either of its guidances."""
+    rivals = [values for name, values in result["scores"].items() if name.startswith("teacher, 4 steps")]
+    assert len(rivals) == 2 and result["n"] >= 400
+    assert all(values["student_ahead"][1] > 0 for values in rivals)
+
+
+def test_result_of_the_tutorial_is_what_its_page_says() -> None:
+    """The committed measurement supports the claim, belongs to the page's config, and stands on the page."""
+    result, page = json.loads((ROOT / "docs/results/lcm.json").read_text()), TUTORIAL.read_text(encoding="utf-8")
+    assert_students_are_ahead(result)
+    (config,) = [b.text for b in blocks(page) if b.note == "run: write configs/my_lcm/tiny.yaml"]
+    assert result["steps"] == yaml.safe_load(config)["trainer"]["max_steps"]
+    shown = {f"{v:.3f}".removeprefix("0") for values in result["scores"].values() for v in values["overall"]}
+    assert [figure for figure in sorted(shown) if figure not in page] == []
 
 
 def test_a_block_without_its_comment_is_an_error(tmp_path) -> None:
@@ -302,3 +346,6 @@ def test_a_block_without_its_comment_is_an_error(tmp_path) -> None:
     with pytest.raises(AssertionError, match="false"):
         run_page("<!-- run: shell -->\n```bash\nfalse\n```\n", tmp_path, dict(os.environ))
     assert run_page("<!-- run: shell needs x -->\n```bash\nfalse\n```\n", tmp_path, {}) == ["x is missing"]
+    page = "<!-- run: shell long: an hour -->\n```bash\ntouch made\n```\n"
+    assert run_page(page, tmp_path, dict(os.environ) | {LONG: ""}) == [] and (tmp_path / "made").is_file()
+    assert run_page(page.replace("touch", "false"), tmp_path, {}) == ["an hour"]

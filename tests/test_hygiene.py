@@ -367,7 +367,8 @@ from lightning_t2i.cli.main import main
 for config in sys.argv[1:]:
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
-        status = main(["fit", "--config", config, "--print_config"])
+        verb = "predict" if config.startswith("configs/pairs/") else "fit"
+        status = main([verb, "--config", config, "--print_config"])
     if status or "class_path" not in shown.getvalue():
         sys.exit(f"{config}: {status} {shown.getvalue()}")
 """

@@ -1,4 +1,4 @@
-"""What `predict` writes: a picture per prompt, and which prompt it belongs to."""
+"""What `predict` writes: a picture per prompt, and which prompt it belongs to; or teacher pairs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,18 @@ from typing import Any
 
 import lightning as L
 
+from datamodules.pair_prompts import PairPrompts
 from lightning_t2i.batch import Batch
+from lightning_t2i.cli.pair_job import PairJob
 from lightning_t2i.errors import UserError
 from lightning_t2i.pictures import save_png, to_pil
 from lightning_t2i.protocols import Generates
+
+
+def output(data: L.LightningDataModule, folder: Path) -> L.Callback:
+    """The writer for what is predicted: pair shards where the data says so, else pictures below the run's folder."""
+    prompts = getattr(data, "finite", {}).get("predict")
+    return PairJob(prompts) if isinstance(prompts, PairPrompts) else Predictions(folder / "predictions")
 
 
 class Predictions(L.Callback):

@@ -57,6 +57,7 @@ HARMLESS = (
     r"Found \d+ module\(s\) in eval mode at the start of training",
     r"The `srun` command is available on your system but is not used",
     r"The '\w+_dataloader' does not have many workers",
+    r"Total length of `StreamLoader` across ranks is zero",  # of pairs that are all there
     r"You have overridden `transfer_batch_to_device` in `LightningModule` but",
     r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need to be provided",
 )

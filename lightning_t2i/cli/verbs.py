@@ -16,7 +16,7 @@ from lightning_t2i.cli import runs
 from lightning_t2i.cli.banner import banner
 from lightning_t2i.cli.configs import merge, show
 from lightning_t2i.cli.main import Request, usage
-from lightning_t2i.cli.predictions import Predictions
+from lightning_t2i.cli.predictions import output
 from lightning_t2i.cli.record import Record
 from lightning_t2i.cli.session import Session, quiet
 from lightning_t2i.errors import UserError, closest
@@ -110,7 +110,7 @@ def _evaluate(request: Request) -> int:
     if checkpoint is None and request.run is not None:
         raise UserError("The run has no complete checkpoint", where="--run", given=request.run, fix="fit it first")
     predicts = request.verb == "predict"
-    trainer = session.build(folder, [], [Predictions(folder / "predictions")] if predicts else [])
+    trainer = session.build(folder, [], [output(session.data, folder)] if predicts else [])
     trainer.loggers = [JsonlLogger(folder / f"{request.verb}.jsonl", clock=Clock(trainer))]
     if trainer.is_global_zero:
         print(banner(session, runs.Run(folder, checkpoint), TrackingOptions(wandb="off")), flush=True)
@@ -132,5 +132,5 @@ def test(request: Request) -> int:
 
 
 def predict(request: Request) -> int:
-    """Generates for the prompts of `data.predict` into predictions/."""
+    """Generates for the prompts of `data.predict`: pictures into predictions/, or teacher pairs into their folder."""
     return _evaluate(request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,6 @@ def save_pipeline(folder: Path, denoiser: Denoiser, codec: LatentCodec, text: Te
         backbone.unload_lora()
     scheduler = to_scheduler(denoiser.process, denoiser.prediction, denoiser.sigma_data)
     vae = copy.deepcopy(codec.vae)
-    for network in (backbone, vae):
-        if network is not None:
-            network.register_to_config(_name_or_path="")  # where it was read from is nobody else's business
     kind = next((c.__name__ for c in type(backbone).__mro__ if c.__name__ in PIPELINES), None)
     if kind is None or (kind == "UNet2DModel") != (vae is None and text is None):
         raise UserError("No stock pipeline holds these networks", given=type(backbone).__name__, allowed=PIPELINES)
@@ -112,6 +110,18 @@ def save_pipeline(folder: Path, denoiser: Denoiser, codec: LatentCodec, text: Te
     name = PIPELINES[kind][0] if denoiser.prediction != "edm" else "ConsistencyModelPipeline"
     pipeline = getattr(diffusers, name)(**parts)
     pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    forget_origin(folder)
+
+
+def forget_origin(folder: Path) -> None:
+    """Takes out of the configs of a written folder where its networks were read from.
+
+    That is nobody else's business, and equal networks then give equal files.
+    """
+    for file in folder.rglob("config.json"):
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        if facts.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _encoders(text: TextEncoder | None) -> list[tuple[Any, Any]]:

@@ -29,7 +29,7 @@ from lightning_t2i.method import MethodModule
 from lightning_t2i.networks.build import add_adapters, save_pipeline, text_encoder_of
 from lightning_t2i.networks.codec import LatentCodec
 from lightning_t2i.networks.denoiser import Denoiser
-from lightning_t2i.networks.load import build_network
+from lightning_t2i.networks.load import build_network, components
 from lightning_t2i.options import GroupOptions, MethodOptions
 from lightning_t2i.paths import resolve
 from lightning_t2i.processes import Process, TimeLaw, Uniform, sample
@@ -101,8 +101,7 @@ class Diffusion(MethodModule):
         if not 0 <= null_probability < 1:
             raise UserError("Not a probability", where="model.null_probability", given=null_probability)
         self.network, self.process, self.prediction, self.revision = network, process, prediction, revision
-        self.codec_source = codec if codec or network.endswith(".json") else network
-        self.text_source = text if text or network.endswith(".json") else network
+        self.codec_source, self.text_source = codec, text
         self.tokenizer, self.train_text = tokenizer, train_text
         self.law, self.weighting, self.min_snr_gamma = law or Uniform(), weighting, min_snr_gamma
         self.null_probability, self.lora_rank = null_probability, lora_rank
@@ -120,6 +119,9 @@ class Diffusion(MethodModule):
             denoiser = Denoiser.from_pretrained(
                 self.network, revision=self.revision, process=self.process, prediction=self.prediction
             )
+            parts = components(self.network, self.revision)  # a pipeline on pixels has no autoencoder
+            self.codec_source = self.codec_source or (self.network if parts & {"vae", "vqvae"} else None)
+            self.text_source = self.text_source or (self.network if "text_encoder" in parts else None)
         if self.weighting == "min_snr" and denoiser.prediction not in ("x0", "eps", "v"):
             raise UserError("min_snr weights eps, v and x0 losses", where="model.weighting", given=denoiser.prediction)
         codec = LatentCodec.from_pretrained(self.codec_source, revision=self.revision)

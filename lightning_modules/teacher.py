@@ -22,7 +22,7 @@ from lightning_t2i.keys import Keys
 from lightning_t2i.method import MethodModule
 from lightning_t2i.networks.codec import LatentCodec
 from lightning_t2i.networks.denoiser import Denoiser
-from lightning_t2i.networks.load import model_index
+from lightning_t2i.networks.load import components
 from lightning_t2i.networks.text_encoder import TextEncoder
 from lightning_t2i.options import MethodOptions
 from lightning_t2i.pairs import noise, teacher_identity
@@ -65,9 +65,8 @@ class Teacher(MethodModule):
         self.guidance, self.steps, self.solver = guidance, steps, solver
         self.embedded_guidance, self.size = embedded_guidance, size
 
-    def _has(self, *components: str) -> bool:
-        index = model_index(self.network, self.revision)
-        return any(name.startswith(components) and entry[0] for name, entry in index.items())
+    def _has(self, *names: str) -> bool:
+        return bool(components(self.network, self.revision) & set(names))
 
     def configure_model(self) -> None:
         identity = teacher_identity(self.network, self.revision)

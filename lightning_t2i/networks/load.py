@@ -79,6 +79,12 @@ def model_index(path: str | Path, revision: str | None = None) -> dict[str, Any]
     return read_json(path, "model_index.json", revision) or {}
 
 
+def components(path: str | Path, revision: str | None = None) -> set[str]:
+    """Names of the components that a pipeline folder has; empty when the folder is a single model."""
+    index = model_index(path, revision)
+    return {name for name, entry in index.items() if isinstance(entry, list) and entry[0]}
+
+
 def load_process(path: str | Path, revision: str | None = None) -> tuple[Process, str]:
     """The noise process and prediction that a pipeline's scheduler config describes.
 

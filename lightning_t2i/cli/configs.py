@@ -154,7 +154,8 @@ class Merged:
             self._forget(path)
             old = node[key] = {}
             self.sources[".".join(path)] = source
-        changed = "class_path" in value and value["class_path"] != old.get("class_path")
+        # What a file says of init_args before any file names a class is meant for the class to come.
+        changed = "class_path" in value and old.get("class_path", value["class_path"]) != value["class_path"]
         if changed and not (path == ("model",) and is_subclass(value["class_path"], old.get("class_path"))):
             for name in ("init_args", "dict_kwargs"):
                 old.pop(name, None)

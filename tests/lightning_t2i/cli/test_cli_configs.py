@@ -173,3 +173,16 @@ def test_anchors_and_merge_keys_work_and_share_nothing(tmp_path) -> None:
 def test_broken_files_are_errors_not_tracebacks(tmp_path) -> None:
     for text, message in (("a: [1", "not readable"), ("- 1", "must be a mapping"), ("base: 3", "list of files")):
         assert message in str(merged(tmp_path, main=text).errors[0])
+
+
+def test_what_a_base_says_before_a_class_is_named_stays(tmp_path):
+    """As trainer/gpu.yaml does, whose precision is meant for whatever method comes."""
+    base = "model: {init_args: {common: {precision: bf16}}}"
+    found = merged(tmp_path, base=base, main="base: base.yaml\nmodel: {class_path: a.A, init_args: {x: 1}}")
+    assert found.config["model"] == {"class_path": "a.A", "init_args": {"common": {"precision": "bf16"}, "x": 1}}
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd15_lora", "sd21", "pixart", "flux"])
+def test_configs_for_gpus_compute_in_bf16(name):
+    found = merge([Path(f"configs/diffusion/{name}.yaml")])
+    assert found.config["model"]["init_args"]["common"]["precision"] == "bf16"

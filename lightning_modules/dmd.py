@@ -1,0 +1,304 @@
+"""DMD: a one-step generator by distribution matching distillation (arXiv 2311.18828).
+
+    x      = G(z, c) = mu_student(z, T - 1, c)                        one step from noise            section 3.1
+    x_t    = alpha x + sigma eps,  t ~ U{0.02 T, ..., 0.98 T}
+    w      = mean over C, h, w of |x - mu_real(x_t, t, c)|                                           eq. 8
+    g      = (mu_fake(x_t, t, c) - mu_real(x_t, t, c)) / w            `dm_weight` has other forms    algorithm 2
+    L_G    = a 1/2 mean |x - sg(x - g)|^2 + b mean d(G(z_ref, c_ref), y_ref)                         algorithm 1
+    L_fake = mean |eps_fake(x_t, t, c) - eps|^2                       DDPM                           algorithm 3
+             mean (1/sigma^2 + 1/s^2) |mu_fake(x_t, t, c) - x|^2      EDM;  both: x = sg(x), t ~ U{0, ..., T - 1}
+
+    z, eps      unit Gaussian noise; G starts from process.initial(z), EDM at 80 z
+    x [B, C, h, w]   latents of unit scale, or pictures of a pixel-space teacher
+    t           time of the process, noise at its high end: DDPM's integers, EDM's 1000 Karras levels
+    mu, eps_.   estimates E[x0 | x_t] and E[eps | x_t] of student, real (the frozen teacher) and fake (trained on x)
+    mu_real     guided: u + scale (c - u); mu_fake is not, and neither is G
+    c           caption; or class, uniform for z; or nothing
+    (z_ref, c_ref, y_ref)  teacher pairs: y_ref is where the teacher's sampler ends from z_ref
+    a, b        matching_weight, regression_weight;   d  regression_metric
+    s           standard deviation of the data that EDM's preconditioning assumes
+    sg          stops gradients
+
+The value of the matching loss is 1/2 mean g^2, the size of a gradient, and shows no progress. Logged beside the losses,
+as student/...: w, gap = mean |mu_fake - mu_real|, clamped, regression, brightness and contrast (mean and standard
+deviation of all x).
+
+Deviations from the paper: eq. 7 and 8 have a factor alpha(t) in g that algorithm 2 lacks; the algorithm is the default
+and "dmd_eq8" the equations. w is at least 1e-5, counted in `student/clamped`; values that are not finite stop the
+training and are not set to 0. The regression is l2 by default, so that it needs no other weights (the paper's table:
+2.78 against LPIPS' 2.66); pictures for the other metrics come from the pipeline's own autoencoder, where the authors
+began with a smaller one. Dropout and EDM's embedding of augmentations are off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_modules.teacher import Teacher
+from lightning_t2i.batch import Batch, Cond, Records
+from lightning_t2i.distillation import Pipeline, picture_distance, refuse_foreign_pairs
+from lightning_t2i.errors import UserError
+from lightning_t2i.keys import Keys
+from lightning_t2i.method import MethodModule
+from lightning_t2i.networks.denoiser import Predictor
+from lightning_t2i.options import GroupOptions, MethodOptions
+from lightning_t2i.pairs import noise
+from lightning_t2i.processes import DDPM, EDM, Karras, TimeLaw, Uniform, expand, guided, sample
+from lightning_t2i.schedules import Warmup
+
+Form: TypeAlias = Literal["dmd", "dmd_eq8", "sigma_over_alpha", "sigma3_over_alpha", "none"]
+Inputs: TypeAlias = tuple[Tensor, Cond | None, Tensor]  # noise [B, C, h, w], condition, int64 keys of the draws [B]
+LEVELS = 1000  # of the Karras grid that stands for EDM's times
+SMALLEST = 1e-5  # of w
+RESIZE = 224  # side to which LPIPS resizes the small pictures of pixel-space models
+
+
+def residual(x: Tensor, real: Tensor) -> Tensor:
+    """w before its lower bound: mean |x - mu_real| of each sample; [B, C, h, w] twice -> [B]."""
+    return (x - real).abs().flatten(1).mean(1)
+
+
+def matching_gradient(x: Tensor, real: Tensor, fake: Tensor, alpha: Tensor, sigma: Tensor, form: Form) -> Tensor:
+    """g [B, C, h, w] of x and its two estimates of that shape; alpha and sigma [B] are those of t.
+
+    The last three forms weight the difference of scores by sigma / alpha (DreamFusion), sigma^3 / alpha
+    (ProlificDreamer), or not the difference of estimates at all.
+    """
+    inverse = 1 / residual(x, real).clamp_min(SMALLEST)
+    weight = {
+        "dmd": inverse,
+        "dmd_eq8": alpha.to(inverse) * inverse,
+        "sigma_over_alpha": alpha / sigma,
+        "sigma3_over_alpha": alpha * sigma,
+        "none": torch.ones_like(inverse),
+    }[form]
+    return expand(weight, x) * (fake - real)
+
+
+def matching_loss(x: Tensor, g: Tensor) -> Tensor:
+    """A scalar whose gradient at x [B, C, h, w] is g / (B C h w)."""
+    return 0.5 * (x - (x - g).detach()).square().mean()
+
+
+def denoising_loss(network: Predictor, x: Tensor, eps: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
+    """L_fake of clean x and noise eps [B, C, h, w] at t [B]: a scalar."""
+    x_t = network.process.add_noise(x, eps, t)
+    if not isinstance(network.process, EDM):
+        return (network.eps(x_t, t, cond) - eps).square().mean()
+    weight = t.double() ** -2 + network.sigma_data**-2
+    return (expand(weight, x) * (network.x0(x_t, t, cond) - x).square()).mean()
+
+
+def paper_update() -> GroupOptions:
+    """The paper's AdamW, warm-up and clipping, with the learning rate of its text-to-image models."""
+    adam = partial(torch.optim.AdamW, lr=1e-5, betas=(0.9, 0.999), weight_decay=0.01)
+    return GroupOptions(adam, schedule=partial(Warmup, steps=500), clip=10.0)
+
+
+class DMD(MethodModule):
+    """Distils a diffusion teacher on latents with text, or on pixels (EDM) with or without classes.
+
+    Args:
+        teacher: pipeline folder or hub id; without an autoencoder in it x is a picture.
+        revision: commit of a hub id.
+        guidance: scale of the real estimate's guidance, 1 is none; that of the pairs should be the same.
+        matching_weight: a; 0 is the ablation without distribution matching, which needs no fake network.
+        dm_weight: form of g.
+        t_min, t_max: range of the matching's times, as shares of T; both ends are included.
+        regression_weight: b; 0 is the ablation without regression, which needs no pairs.
+        regression_metric: d, on x itself ("l2") or on decoded pictures.
+        metric_weights: folder of the "perceptual" network, safetensors file of "lpips".
+        match_pairs: match the distribution of G(z_ref) as well, as the paper does for text-to-image.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        val_steps: steps of the teacher's sampler that validation compares with.
+        student, fake: how the weights are updated.
+        common: options of the engine.
+    """
+
+    def __init__(
+        self,
+        teacher: str,
+        revision: str | None = None,
+        guidance: float = 3.0,
+        matching_weight: float = 1.0,
+        dm_weight: Form = "dmd",
+        t_min: float = 0.02,
+        t_max: float = 0.98,
+        regression_weight: float = 0.25,
+        regression_metric: Literal["l2", "perceptual", "lpips"] = "l2",
+        metric_weights: str | None = None,
+        match_pairs: bool = False,
+        gradient_checkpointing: bool = False,
+        val_steps: int = 25,
+        student: GroupOptions | None = None,
+        fake: GroupOptions | None = None,
+        common: MethodOptions | None = None,
+    ):
+        super().__init__(common)
+        if min(matching_weight, regression_weight) < 0:
+            raise UserError("A weight is negative", where="model.matching_weight or model.regression_weight")
+        if not matching_weight and (match_pairs or not regression_weight):
+            raise UserError("Nothing is left to train on", where="model.matching_weight", given=0, allowed="above 0")
+        if not 0 <= t_min < t_max <= 1:
+            raise UserError("Not a range of times", where="model.t_min", given=t_min, allowed="0 <= t_min < t_max <= 1")
+        if regression_metric != "l2" and metric_weights is None:
+            raise UserError("The metric has no weights", where="model.metric_weights", given="null")
+        self.source, self.revision, self.guidance = teacher, revision, guidance
+        self.matching_weight, self.dm_weight, self.t_min, self.t_max = matching_weight, dm_weight, t_min, t_max
+        self.regression_weight, self.regression_metric = regression_weight, regression_metric
+        self.metric_weights, self.match_pairs, self.val_steps = metric_weights, match_pairs, val_steps
+        self.gradient_checkpointing = gradient_checkpointing
+        self.options = {"student": student or paper_update(), "fake": fake or paper_update()}
+        self.pairs_per_sample = 1.0  # rows of `pairs` for each of `main`, once training begins
+
+    def configure_model(self) -> None:
+        pipeline = self.pipeline = Pipeline.load(self.source, self.revision, self.guidance)
+        self.process, self.shape, self.classes = pipeline.denoiser.process, pipeline.shape, pipeline.classes
+        if not isinstance(self.process, DDPM | EDM):
+            what, allowed = "DMD has no times and weights of this process", "a teacher of a ddpm or edm process"
+            raise UserError(what, where="model.teacher", given=self.process.name, allowed=allowed)
+        student, fake = (pipeline.trainable(self.gradient_checkpointing) for _ in range(2))
+        dtype = torch.bfloat16 if self.common.precision == "bf16" else None
+        self.add_frozen("teacher", pipeline.denoiser, pipeline.identity, dtype)
+        self.add_frozen("codec", pipeline.codec, pipeline.identity)
+        if pipeline.text is not None:
+            self.add_frozen("text", pipeline.text, pipeline.identity, dtype)
+        if self.regression_weight and self.regression_metric != "l2":
+            resize = None if pipeline.codec.vae else RESIZE
+            metric = picture_distance(self.regression_metric, self.metric_weights, resize)
+            self.add_frozen("metric", metric, metric.identity)
+        self.add_group("student", student, self.options["student"])
+        if self.matching_weight:
+            self.add_group("fake", fake, self.options["fake"])
+
+    def on_fit_start(self) -> None:
+        """Refuses pairs that are missing or do not fit the teacher."""
+        assert not any(p.requires_grad for p in self.teacher.parameters()), "the teacher must stay frozen"
+        if self.regression_weight or self.match_pairs:
+            streams = self.trainer.datamodule.training
+            recipe = Teacher(self.source, revision=self.revision).recipe()
+            refuse_foreign_pairs(streams.get("pairs"), recipe, self.shape)
+            self.pairs_per_sample = streams["pairs"].batch_size / streams["main"].batch_size
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        main, due = batch["main"], self.due("student")
+        parts = [self.inputs(main)] if self.matching_weight else []
+        if self.match_pairs or (due and self.regression_weight):
+            parts.append(self.inputs(batch["pairs"]))
+        if not parts:
+            return
+        z, cond, places = _joined(parts)
+        with torch.set_grad_enabled(due):
+            x = self.student.generate(z, cond)  # x and x_ref in one call
+        matched = slice(None if self.match_pairs else len(main))
+        fixed = x[matched].detach(), cond and cond.index(matched), places[matched]
+        if due:
+            loss = x.new_zeros(())
+            if self.matching_weight:
+                loss = loss + self.matching_weight * matching_loss(x[matched], self.matching(*fixed))
+            if self.regression_weight:  # x_ref comes last
+                loss = loss + self.regression_weight * self.regression(x[-len(batch["pairs"]) :], batch["pairs"])
+            self.backward("student", loss, brightness=x.mean(), contrast=x.std())
+        if self.matching_weight:  # on the same x, made before G moves
+            self.backward("fake", self.fake_loss(*fixed))
+
+    def inputs(self, records: Records) -> Inputs:
+        """What pairs were made of; for other records new noise with their captions, or with uniform classes."""
+        cond = self.condition(records)
+        if records.noise_seed is not None:
+            return noise(records.noise_seed, self.shape), cond, records.noise_seed
+        if self.classes and records.cond is None:
+            cond.label = self.keys.integers("label", records.position, 0, self.classes)
+        return self.keys.normal("z", records.position, self.shape), cond, records.position
+
+    def times(self, low: float = 0.0, high: float = 1.0) -> TimeLaw:
+        """The uniform law between two shares of T, both ends included."""
+        edm = isinstance(self.process, EDM)
+        levels = LEVELS if edm else int(self.process.t_max) + 1
+        first, last = round(low * levels), min(round(high * levels), levels - 1)
+        return Karras(count=levels, low=first, high=last + 1) if edm else Uniform(low=first, high=last + 1)
+
+    @torch.no_grad()
+    def matching(self, x: Tensor, cond: Cond | None, places: Tensor) -> Tensor:
+        """g at x [B, C, h, w], which has no gradient."""
+        t = self.times(self.t_min, self.t_max)(self.process, self.keys, places, "matching_t")
+        x_t = self.process.add_noise(x, self.keys.normal("matching_eps", places, self.shape), t)
+        real = guided(self.teacher.x0, x_t, t, cond, self.guidance)
+        fake = self.fake.x0(x_t, t, cond)
+        w = residual(x, real)
+        gap, clamped = (fake - real).abs().mean(), (w < SMALLEST).sum()
+        self.note(**{"student/w": w.mean(), "student/clamped": clamped, "student/gap": gap})
+        return matching_gradient(x, real, fake, *self.process.alpha_sigma(t, torch.float64), self.dm_weight)
+
+    def regression(self, x_ref: Tensor, pairs: Records) -> Tensor:
+        """mean d(x_ref, y_ref): a scalar."""
+        y_ref = pairs.image if self.codec.vae is None else pairs.latent
+        if self.regression_metric == "l2":
+            loss = (x_ref - y_ref).square().mean()
+        else:
+            with torch.no_grad():
+                picture = self.codec.decode(y_ref)
+            loss = self.metric(self.codec.decode(x_ref), picture).mean()
+        self.note(**{"student/regression": loss})
+        return loss
+
+    def fake_loss(self, x: Tensor, cond: Cond | None, places: Tensor) -> Tensor:
+        """L_fake of samples x [B, C, h, w] without gradient: a scalar."""
+        t = self.times()(self.process, self.keys, places, "fake_t")
+        return denoising_loss(self.fake, x, self.keys.normal("fake_eps", places, self.shape), t, cond)
+
+    def forward_units(self) -> dict[str, float]:
+        """Forward passes of a training step: a gradient costs two more, a guided estimate one more."""
+        due, pairs = 1 / self.options["student"].every, self.pairs_per_sample
+        matched = bool(self.matching_weight) + pairs * self.match_pairs
+        regressed = pairs * (bool(self.regression_weight) and not self.match_pairs)  # rows that only due steps have
+        units = {
+            "student": 3 * due * (matched + regressed) + (1 - due) * matched,
+            "teacher": due * matched * (1 + (self.guidance != 1)),
+            "fake": (due + 3) * matched,
+        }
+        if hasattr(self, "text"):
+            units["text"] = matched + due * regressed
+        if hasattr(self, "metric"):
+            units |= {"metric": 2 * due * pairs, "codec.decoder": 3 * due * pairs * (self.codec.vae is not None)}
+        return units
+
+    def condition(self, records: Records) -> Cond | None:
+        """Cached conditions, encoded captions, class labels (in turn where records have none), or nothing."""
+        return self.pipeline.condition(records)
+
+    @torch.no_grad()
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Mean absolute distance of G(z) from where the teacher's sampler ends, at noise that validations share."""
+        main = batch["main"]
+        z, cond = self.keys.fork("validation").normal("z", main.position, self.shape), self.condition(main)
+        end = sample(self.teacher, z, cond, self.val_steps, self.guidance)
+        distance = (self.generator_of("student").generate(z, cond) - end).abs().mean()
+        self.log(
+            f"{'test' if self.trainer.testing else 'val'}/distance", distance, batch_size=len(main), sync_dist=True
+        )
+
+    test_step = validation_step
+
+    @torch.no_grad()
+    def sample(self, cond: Cond | None, keys: Keys, positions: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] of the averaged student, in one step; the noise depends on keys and position."""
+        z = keys.normal("z", positions, self.shape)
+        return self.codec.decode(self.generator_of("student").generate(z, cond)).clamp(-1, 1)
+
+    def export(self, folder: Path, batches: Iterable[Batch]) -> None:
+        """Writes the stock pipeline of the averaged student, or the model folder of an EDM network."""
+        self.pipeline.save(folder, self.generator_of("student"))
+
+
+def _joined(parts: list[Inputs]) -> Inputs:
+    """The inputs of one call of G, in the order of the parts."""
+    zs, conds, places = zip(*parts, strict=True)
+    first, *rest = conds
+    return torch.cat(zs), first.cat(rest[0]) if rest and first is not None else first, torch.cat(places)

@@ -1,0 +1,146 @@
+"""What distillations share: the parts of a teacher's pipeline, copies to train, checks of its pairs, the export."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_t2i.batch import Cond, Records
+from lightning_t2i.errors import UserError
+from lightning_t2i.networks.build import save_pipeline
+from lightning_t2i.networks.codec import LatentCodec
+from lightning_t2i.networks.denoiser import Denoiser
+from lightning_t2i.networks.edm_unets import EDMUNet
+from lightning_t2i.networks.load import components
+from lightning_t2i.networks.perceptual import LPIPS, PerceptualNetwork
+from lightning_t2i.networks.text_encoder import TextEncoder
+from lightning_t2i.pairs import teacher_identity
+from lightning_t2i.paths import resolve
+from lightning_t2i.processes.schedulers import to_scheduler
+
+PAIRS_FIX = "make them with this teacher: python train.py predict and a config like those of configs/pairs"
+
+
+@dataclass
+class Pipeline:
+    """A teacher's pipeline: on latents with its autoencoder, or on pixels.
+
+    denoiser; codec, the identity on pixels; text, None without a text encoder; identity of all of them; shape (C, h, w)
+    of one x0; classes of a class-conditional network, whose number is the null label, else 0.
+    """
+
+    denoiser: Denoiser
+    codec: LatentCodec
+    text: TextEncoder | None
+    identity: str
+    shape: tuple[int, int, int]
+    classes: int
+
+    @classmethod
+    def load(cls, source: str, revision: str | None = None, guidance: float = 1.0) -> Pipeline:
+        """Reads a pipeline folder or hub id, or the folder of a single network with a scheduler.
+
+        Args:
+            guidance: scale at which it will be asked, 1 is none.
+
+        Raises:
+            UserError: there is none, it has parts that are not served, or it has no condition to be guided by.
+        """
+        parts = components(source, revision)
+        denoiser = Denoiser.from_pretrained(source, revision=revision)
+        codec = LatentCodec.from_pretrained(source if parts & {"vae", "vqvae"} else None, revision=revision)
+        text = TextEncoder.from_pretrained(source, revision=revision) if "text_encoder" in parts else None
+        config: Any = denoiser.backbone.config
+        classes = getattr(config, "num_classes", 0) or (getattr(config, "num_class_embeds", None) or 1) - 1
+        if guidance != 1 and text is None and not classes:
+            what = "A teacher without a condition cannot be guided"
+            raise UserError(what, where="model.guidance", given=guidance, fix="1.0")
+        shape = codec.latent_shape(config.sample_size * codec.factor)
+        return cls(denoiser, codec, text, teacher_identity(source, revision), shape, classes)
+
+    def trainable(self, gradient_checkpointing: bool = False) -> Denoiser:
+        """A copy of the denoiser to train, without dropout and without EDM's embedding of augmentations."""
+        network = copy.deepcopy(self.denoiser).requires_grad_(True).train()
+        for module in network.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        backbone: Any = network.backbone
+        if isinstance(backbone, EDMUNet):
+            backbone.drop_augmentation()
+        if gradient_checkpointing:
+            backbone.enable_gradient_checkpointing()
+        return network
+
+    @torch.no_grad()
+    def condition(self, records: Records) -> Cond | None:
+        """Cached conditions, encoded captions, class labels (in turn where records have none), or None.
+
+        Raises:
+            UserError: pairs of a class-conditional teacher without labels.
+        """
+        if records.cond is not None:
+            return records.cond
+        if self.text is not None:
+            assert records.caption is not None, "a teacher with text needs captions"
+            return self.text(records.caption)
+        if not self.classes:
+            return None
+        if records.label is None and records.noise_seed is not None:
+            raise UserError("Pairs of a class-conditional teacher need labels", where="data.pairs", given="no labels")
+        label = records.position % self.classes if records.label is None else records.label
+        return Cond(label=label, null_label=self.classes)
+
+    def save(self, folder: Path, denoiser: Denoiser) -> None:
+        """Writes the stock pipeline with another denoiser of this kind, or the model folder of an EDM network."""
+        backbone: Any = denoiser.backbone
+        if not isinstance(backbone, EDMUNet):
+            return save_pipeline(folder, denoiser, self.codec, self.text)
+        backbone.save_pretrained(folder, safe_serialization=True)
+        scheduler = to_scheduler(denoiser.process, denoiser.prediction, denoiser.sigma_data)
+        scheduler.save_pretrained(folder / "scheduler")
+        return None
+
+
+def refuse_foreign_pairs(pairs: Any, recipe: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+    """Refuses a stream that is not one of pairs, or whose pairs are not those of a teacher.
+
+    Args:
+        pairs: the stream `pairs` of the data, None if there is none.
+        recipe: `Teacher.recipe()` of the teacher; guidance and solver are not compared.
+        shape: of one x0.
+
+    Raises:
+        UserError: names what differs.
+    """
+    if not hasattr(pairs, "kind"):
+        given = "null" if pairs is None else type(pairs).__name__
+        raise UserError("This training needs the teacher's pairs", where="data.pairs", given=given, fix=PAIRS_FIX)
+    about = json.loads((resolve(pairs.source) / "dataset.json").read_text(encoding="utf-8"))
+    theirs, ours = {**about["parameters"], "shape": tuple(about["shape"])}, {**recipe, "shape": tuple(shape)}
+    for name in ("x0", "shape", "teacher", "process", "prediction"):
+        if theirs[name] != ours[name]:
+            what = f"The pairs are not those of this teacher: '{name}' differs"
+            raise UserError(what, where="data.pairs", given=theirs[name], allowed=str(ours[name]), fix=PAIRS_FIX)
+
+
+def picture_distance(kind: str, weights: str, resize: int | None) -> Any:
+    """A frozen network d(x, y) [B] of pictures [B, 3, H, W] in [-1, 1], with its `identity`.
+
+    Args:
+        kind: "perceptual", or "lpips" with VGG features and average pooling.
+        weights: folder of a PerceptualNetwork, or safetensors file of LPIPS.
+        resize: side to which LPIPS resizes pictures first; None keeps theirs.
+
+    Raises:
+        UserError: there are no such weights.
+    """
+    if kind == "perceptual":
+        return PerceptualNetwork.from_pretrained(weights)
+    return LPIPS.from_file(weights, resize=resize, average_pool=True)

@@ -9,23 +9,20 @@ import torch
 from safetensors import safe_open
 
 from datamodules.image_text import ImageText
-from datamodules.worlds.shapes_scenes import HELD_OUT, PAIRS
 from lightning_modules.classifier import targets
 from lightning_modules.diffusion import Diffusion
-from lightning_t2i.batch import Cond, Records
+from lightning_t2i.batch import Records
 from lightning_t2i.keys import Keys
 from lightning_t2i.metrics.assets import SOLVERS, main, tokens
-from lightning_t2i.metrics.shapes_detector import detect, to_pixels
 from lightning_t2i.metrics.shapes_score import ShapesScore
 from lightning_t2i.networks.classifier import ShapesClassifier
 from lightning_t2i.networks.codec import LatentCodec
 from lightning_t2i.networks.denoiser import Denoiser
 from lightning_t2i.networks.perceptual import PerceptualNetwork
 from lightning_t2i.pictures import to_pil
-from lightning_t2i.processes import sample
 
 TINY = Path(__file__).parent.parent / "assets/tiny"
-FOLDERS = ("vae", "vq", "classifier", "perceptual", "clip", "sd", "pixart", "flux", "ddpm", "edm", "tokenizers")
+FOLDERS = ("vae", "vq", "classifier", "perceptual", "clip", "sd", "pixart", "flux", "pairs", "tokenizers")
 TEACHERS = ("sd", "pixart", "flux")
 PROMPTS = ["a red circle", "two blue squares", "a green triangle above a yellow cross"]
 
@@ -196,43 +193,6 @@ def test_teacher_draws_what_it_is_asked(scenes, name):
     picture = module.sample(module.condition(records), Keys(0).fork("eval"), records.position)
     p = card["overall"]
     assert score([picture], [records]) > p - 3 * math.sqrt(p * (1 - p) / n)
-
-
-def test_stock_pipelines_of_pixels_give_our_pictures():
-    import diffusers
-
-    ddpm = diffusers.DDIMPipeline.from_pretrained(TINY / "ddpm", dtype=torch.float32)
-    edm = diffusers.ConsistencyModelPipeline.from_pretrained(TINY / "edm", dtype=torch.float32)
-    for pipeline in (ddpm, edm):
-        pipeline.set_progress_bar_config(disable=True)
-    theirs = ddpm(2, torch.Generator().manual_seed(3), num_inference_steps=10, output_type="np").images
-    z = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-    ours = sample(Denoiser.from_pretrained(str(TINY / "ddpm")), z, None, 10)
-    shown = (ours / 2 + 0.5).clamp(0, 1)
-    torch.testing.assert_close(shown, torch.from_numpy(theirs).permute(0, 3, 1, 2), atol=2e-3, rtol=0)
-    labels = torch.tensor([3, 17])
-    theirs = edm(2, labels, num_inference_steps=10, latents=z, output_type="pt").images
-    cond = Cond(label=labels, null_label=32)
-    ours = sample(Denoiser.from_pretrained(str(TINY / "edm")), z, cond, 10, 1.0, "euler")
-    # diffusers starts from z sqrt(sigma_max^2 + 1), this repository from z sigma_max: 8e-5 apart.
-    torch.testing.assert_close((ours / 2 + 0.5).clamp(0, 1), theirs, atol=1e-2, rtol=0)
-
-
-def test_pixel_teachers_draw_scenes():
-    """The unconditional one draws what the detector knows; the conditional one the pair that its label names."""
-    cards = {name: json.loads((TINY / name / "score.json").read_text()) for name in ("ddpm", "edm")}
-    found = teacher("ddpm", size=None).sample(None, Keys(0), torch.arange(48), steps=25)
-    share = sum(1 <= len(detect(p)) <= 3 for p in to_pixels(found)) / 48
-    labels = torch.arange(48) % 32
-    cond = Cond(label=labels, null_label=32)
-    found = teacher("edm", size=None, solver="heun").sample(cond, Keys(0), torch.arange(48), guidance=1.0, steps=12)
-    pairs = [{(o["shape"], o["colour"]) for o in detect(p)} for p in to_pixels(found)]
-    asked = [
-        PAIRS[label] in seen for label, seen in zip(labels.tolist(), pairs, strict=True) if PAIRS[label] not in HELD_OUT
-    ]
-    for name, value, n in (("ddpm", share, 48), ("edm", sum(asked) / len(asked), len(asked))):
-        p = cards[name]["scenes" if name == "ddpm" else "pairs"]
-        assert value > p - 3 * math.sqrt(max(p * (1 - p), 0.01) / n), name
 
 
 def test_early_snapshot_is_worse_than_the_teacher():

@@ -554,7 +554,7 @@ def usual(first_losses) -> list[tuple[str, float]]:
         {"fake": update(clip=1e-3)},
         {"common": MethodOptions(seed=1)},
     ],
-    ids=str,
+    ids="-".join,
 )
 def test_every_option_changes_the_training(first_losses, usual, options) -> None:
     assert first_losses(**options) != usual
@@ -631,7 +631,7 @@ def test_the_papers_values_are_the_defaults() -> None:
         {"student": update(every=2), "match_pairs": True},
         {"regression_metric": "perceptual"},
     ],
-    ids=str,
+    ids="-".join,
 )
 def test_a_step_costs_what_it_says(tmp_path, sd, sd_pairs, prompts, metrics, options) -> None:
     method = method_of(sd, **options, metric_weights=metrics["perceptual"])

@@ -6,8 +6,9 @@
 A change that should not touch the mathematics leaves them as they are; one that does shows where the losses part. The
 config is taken as it is but for the data: the first scenes of the shapes world, in batches of 8, encoded in the run.
 
-Losses agree to a relative 1e-4: rounding differs between processors and versions of torch and grows over the steps,
-while a changed draw, weight or loss shows in the third digit at the latest.
+Losses agree to a relative 1e-4 in the first ten steps and to 1e-3 after: rounding differs between processors and versions
+of torch and grows over the steps (one commit of the tokenizer gave losses 1.7e-4 apart at step 19 on two makes of
+processor), while a changed draw, weight or loss shows in the third digit at the latest.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from lightning_t2i.paths import ROOT
 
 FOLDER = ROOT / "tests" / "golden"
 STEPS, BATCH, SCENES = 20, 8, 256
-RTOL = 1e-4
+EARLY, RTOL, LATER_RTOL = 10, 1e-4, 1e-3  # training steps up to which the first tolerance holds; then the second
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def compare(golden: Golden, found: Golden, rtol: float = RTOL) -> list[str]:
+def compare(golden: Golden, found: Golden) -> list[str]:
     """Losses that differ, a line each, and then the frozen networks that do; empty when the losses agree."""
     lines = []
     if len(golden.losses) != len(found.losses):
@@ -170,7 +171,7 @@ def compare(golden: Golden, found: Golden, rtol: float = RTOL) -> list[str]:
             lines.append(f"step {step:2}: backwards {', '.join(groups[0])} -> {', '.join(groups[1])}")
             continue
         for (group, a), (_, b) in zip(old, new, strict=True):
-            if not math.isclose(a, b, rel_tol=rtol, abs_tol=1e-8):
+            if not math.isclose(a, b, rel_tol=RTOL if step <= EARLY else LATER_RTOL, abs_tol=1e-8):
                 lines.append(f"step {step:2}: {group:16} {a:<14.8g} -> {b:<14.8g} {(b - a) / max(abs(a), 1e-8):+.2%}")
     others = [name for name in sorted(golden.frozen.keys() | found.frozen.keys()) if _changed(name, golden, found)]
     return lines and [*(f"frozen network {name} is another one" for name in others), *lines]

@@ -63,6 +63,17 @@ def test_a_change_beyond_the_tolerance_is_told_with_its_step() -> None:
     assert compare(SOME, other) == ["step  1: backwards critic, generator -> generator, critic"]
 
 
+def test_rounding_that_has_grown_is_allowed_for_in_later_steps() -> None:
+    def run(step: int, factor: float) -> Golden:
+        losses = [[("net", 2.0)] for _ in range(20)]
+        losses[step - 1] = [("net", 2.0 * factor)]
+        return Golden("long", {}, losses)
+
+    assert compare(run(1, 1.0), run(11, 1.0009)) == []
+    assert len(compare(run(1, 1.0), run(11, 1.0011))) == 1
+    assert len(compare(run(1, 1.0), run(10, 1.0009))) == 1
+
+
 def test_another_frozen_network_is_named_as_a_cause_and_is_none_by_itself() -> None:
     other = {"teacher": "sha256:2"}
     assert compare(SOME, replace(SOME, frozen=other)) == []

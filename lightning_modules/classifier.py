@@ -69,9 +69,6 @@ class Classifier(MethodModule):
         scores = self.classifier.classify(records.image + scale.clamp_min(0) * noise)
         self.backward("classifier", scores.loss(*(t.to(self.device) for t in targets(records.scene))))
 
-    def forward_units(self) -> dict[str, float]:
-        return {"classifier": 3.0}
-
     @torch.no_grad()
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Share of pictures whose every cell and count are right."""

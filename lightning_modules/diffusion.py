@@ -176,8 +176,8 @@ class Diffusion(MethodModule):
             return records.cond
         if hasattr(self, "text") and records.caption is not None:
             return self.encode(records.caption, averaged)
-        classes = getattr(self.denoiser.backbone.config, "num_class_embeds", None)
-        return Cond(label=records.label, null_label=classes - 1) if classes and records.label is not None else None
+        classes = self.denoiser.classes
+        return Cond(label=records.label, null_label=classes) if classes and records.label is not None else None
 
     def encode(self, captions: list[str], averaged: bool) -> Cond:
         """Conditions of captions by the text encoder, or by its averaged weights."""

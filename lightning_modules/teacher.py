@@ -80,17 +80,10 @@ class Teacher(MethodModule):
         if self._has("text_encoder"):
             text = TextEncoder.from_pretrained(self.network, revision=self.revision)
             self.add_frozen("text", text, identity, dtype)
-        elif self.guidance != 1 and not self.classes:
+        elif self.guidance != 1 and not self.denoiser.classes:
             raise UserError(
                 "A teacher without a condition cannot be guided", where="model.guidance", given=self.guidance, fix="1.0"
             )
-
-    @property
-    def classes(self) -> int:
-        """Classes of a class-conditional network; the last label of diffusers' ones is the null label."""
-        config = self.denoiser.backbone.config
-        ours, theirs = getattr(config, "num_classes", 0), getattr(config, "num_class_embeds", None)
-        return ours or (theirs - 1 if theirs else 0)
 
     def recipe(self) -> dict[str, Any]:
         """What x0 depends on besides noise and condition."""
@@ -121,7 +114,7 @@ class Teacher(MethodModule):
             if getattr(self.denoiser.backbone.config, "guidance_embeds", False):
                 cond.guidance = torch.full((len(records),), self.embedded_guidance, device=self.device)
             return cond
-        return Cond(label=records.label, null_label=self.classes) if self.classes else None
+        return Cond(label=records.label, null_label=self.denoiser.classes) if self.denoiser.classes else None
 
     def couple(self, z: Tensor, cond: Cond | None) -> Tensor:
         """x0 [B, ...] of unit Gaussian noise z [B, ...]."""

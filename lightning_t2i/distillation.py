@@ -58,7 +58,7 @@ class Pipeline:
         codec = LatentCodec.from_pretrained(source if parts & {"vae", "vqvae"} else None, revision=revision)
         text = TextEncoder.from_pretrained(source, revision=revision) if "text_encoder" in parts else None
         config: Any = denoiser.backbone.config
-        classes = getattr(config, "num_classes", 0) or (getattr(config, "num_class_embeds", None) or 1) - 1
+        classes = denoiser.classes
         if guidance != 1 and text is None and not classes:
             what = "A teacher without a condition cannot be guided"
             raise UserError(what, where="model.guidance", given=guidance, fix="1.0")

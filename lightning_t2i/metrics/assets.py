@@ -90,18 +90,18 @@ def on_pixels(name: str, folder: Path) -> dict[str, Any]:
     colour that the label names, labels of pairs that training never showed left out.
     """
     method = built(name, folder)
-    classes = method.denoiser.backbone.config.num_class_embeds
+    classes = method.denoiser.classes
     records = pictures("train", N)
     scorer = build_scorer("fd", ScorerOptions(), "shapes-train")
     scenes, pairs = 0, []
     for r in records:
         labels = r.label.tolist() if r.label is not None else []
-        cond = Cond(label=r.label, null_label=classes - 1) if classes else None
+        cond = Cond(label=r.label, null_label=classes) if classes else None
         images = method.sample(cond, Keys(0).fork("eval"), r.position, guidance=1.0)
         scorer.add(images, r)
         found = [detect(p) for p in to_pixels(images)]
         scenes += sum(1 <= len(objects) <= 3 for objects in found)
-        for label, objects in zip(labels if classes else [], found, strict=classes is not None):
+        for label, objects in zip(labels if classes else [], found, strict=bool(classes)):
             if PAIRS[label] not in HELD_OUT:
                 pairs.append(PAIRS[label] in {(o["shape"], o["colour"]) for o in objects})
     shares = {"scenes": round(scenes / N, 4), **({"pairs": round(sum(pairs) / len(pairs), 4)} if pairs else {})}

@@ -161,6 +161,16 @@ class Denoiser(Predictor):
             process, prediction = process or found[0], prediction or found[1]
         return cls(backbone, process, prediction)
 
+    @property
+    def classes(self) -> int:
+        """Classes of a class-conditional network, whose number is the null label; 0 of any other.
+
+        diffusers' networks count the null label among their classes, EDM's of this repository do not.
+        """
+        config: Any = getattr(self.backbone, "config", None)
+        ours, theirs = getattr(config, "num_classes", 0), getattr(config, "num_class_embeds", None)
+        return ours or (theirs - 1 if theirs else 0)
+
     def shard_roots(self) -> list[nn.Module]:
         """What is sharded, each as a root of its own."""
         return [self.backbone]

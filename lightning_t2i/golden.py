@@ -7,8 +7,8 @@ A change that should not touch the mathematics leaves them as they are; one that
 config is taken as it is but for the data: the first scenes of the shapes world, in batches of 8, encoded in the run.
 
 Losses agree to a relative 1e-4 in the first ten steps and to 1e-3 after: rounding differs between processors and
-versions of torch and grows over the steps (one commit of the tokenizer gave losses 1.7e-4 apart at step 19 on two makes
-of processor), while a changed draw, weight or loss shows in the third digit at the latest.
+versions of torch and grows over the steps (one commit of the tokenizer gave losses 1.7e-4 apart at step 19 on two
+machines), while a changed draw, weight or loss shows in the third digit at the latest.
 """
 
 from __future__ import annotations

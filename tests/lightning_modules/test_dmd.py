@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
-import yaml
 from closed_forms import Gaussian
+from kills import what_a_kill_changes
 from pictures import fit
 from safetensors.torch import save_file
 from tiny_networks import pipeline_folder
@@ -43,7 +38,6 @@ from lightning_t2i.pairs import noise
 from lightning_t2i.processes import DDPM, EDM, RectifiedFlow, guided, sample
 from lightning_t2i.processes.schedulers import to_scheduler
 from lightning_t2i.protocols import Exports, Generates
-from lightning_t2i.state_io import AtomicCheckpointIO, newest
 
 FORMS = ("dmd", "dmd_eq8", "sigma_over_alpha", "sigma3_over_alpha", "none")
 WORDS = ("red", "blue", "square", "circle", "two", "the")
@@ -753,46 +747,9 @@ def test_P12_one_and_two_processes_agree(request, tmp_path, prompts, ranks, kind
         same(two, one, rtol=1e-4, atol=1e-5)
 
 
-STEPS = 6
-
-
 @pytest.mark.slow
 def test_P12_a_killed_run_ends_with_the_bits_of_a_whole_one(repo, tmp_path) -> None:
-    seed = random.SystemRandom().randrange(1000)
-    kill_at = random.Random(seed).randrange(2, STEPS)
-    print(f"seed {seed}: killed after training step {kill_at}")
-    stream = {"init_args": {"batch_size": 8, "limit": 96}}
-    config = {
-        "base": [str(repo / "configs/dmd/tiny.yaml")],
-        "model": {"init_args": {"common": {"accumulate": 2, "log_every": 1}}},
-        "data": {"init_args": {"main": stream, "pairs": stream, "val": stream, "test": stream}},
-        "trainer": {"max_steps": STEPS, "val_check_interval": 4, "callbacks": [{"class_path": "kills.KillAt"}]},
-        "checkpoints": {"every": 2},
-        "samples": {"enabled": False},
-        "tracking": {"wandb": "off"},
-    }
-    (tmp_path / "killed.yaml").write_text(yaml.safe_dump(config))
-    variables = {"PYTHONPATH": str(repo / "tests/helpers"), "LIGHTNING_T2I_RUNS": str(tmp_path / "runs")}
-
-    def train(run: str, **more: str) -> int:
-        command = [sys.executable, str(repo / "train.py"), "fit", "--config", "killed.yaml", "--run", run]
-        environment = {**os.environ, **variables, **more}
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=240).returncode
-
-    assert train("whole") == 0
-    assert train("killed", KILL_AT_STEP=str(kill_at)) == -signal.SIGKILL
-    assert train("killed") == 0
-    a, b = (
-        AtomicCheckpointIO().load_checkpoint(newest(tmp_path / f"runs/{run}/checkpoints"))
-        for run in ("whole", "killed")
-    )
-    assert a["t2i"]["counters"] == b["t2i"]["counters"] and a["t2i"]["counters"]["batches"] == 2 * STEPS
-    same(a["state_dict"], b["state_dict"])
-    assert a["t2i"]["groups"].keys() == {"student", "fake"}
-    for name, group in a["t2i"]["groups"].items():
-        for parameter, entries in group["states"].items():
-            again = b["t2i"]["groups"][name]["states"][parameter]
-            assert all(torch.equal(value, again[key]) for key, value in entries.items())
+    assert what_a_kill_changes(repo, tmp_path, "dmd", ("main", "pairs", "val", "test")) == []
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

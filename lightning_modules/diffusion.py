@@ -125,6 +125,7 @@ class Diffusion(MethodModule):
         if self.weighting == "min_snr" and denoiser.prediction not in ("x0", "eps", "v"):
             raise UserError("min_snr weights eps, v and x0 losses", where="model.weighting", given=denoiser.prediction)
         codec = LatentCodec.from_pretrained(self.codec_source, revision=self.revision)
+        denoiser.backbone.picture_factor = codec.factor  # what SDXL is told of the pictures depends on it
         text = text_encoder_of(self.text_source, self.tokenizer, self.revision)
         if self.gradient_checkpointing:
             denoiser.backbone.enable_gradient_checkpointing()
@@ -143,7 +144,7 @@ class Diffusion(MethodModule):
 
     def loss(self, records: Records, denoiser: Denoiser, cond: Cond | None, keys: Keys) -> Tensor:
         """The denoising loss of a micro-batch: a scalar."""
-        x0 = self.latents(records)
+        x0 = self.codec.latents(records)
         t = self.law(denoiser.process, keys, records.position)
         eps = keys.normal("eps", records.position, tuple(x0.shape[1:]))
         if cond is not None:
@@ -158,13 +159,6 @@ class Diffusion(MethodModule):
         """Forward passes of a training step: a gradient costs two more; pictures and captions one, unless cached."""
         text = {"text": 3.0 if "text" in self.groups else 1.0} if hasattr(self, "text") else {}
         return {"denoiser": 3.0, "codec.encoder": 1.0, **text}
-
-    def latents(self, records: Records) -> Tensor:
-        """Unit-scale latents [B, C, h, w]: cached ones where the data has them."""
-        if records.latent is not None:
-            return records.latent.float()
-        with torch.no_grad():
-            return self.codec.encode(records.image)
 
     def condition(self, records: Records, averaged: bool = True) -> Cond | None:
         """The condition of each sample: cached, encoded from its caption, its class label, or none.

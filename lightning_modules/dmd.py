@@ -42,18 +42,17 @@ from torch import Tensor
 
 from lightning_modules.teacher import Teacher
 from lightning_t2i.batch import Batch, Cond, Records
-from lightning_t2i.distillation import Pipeline, picture_distance, refuse_foreign_pairs
+from lightning_t2i.distillation import Inputs, Pipeline, joined, picture_distance, refuse_foreign_pairs
 from lightning_t2i.errors import UserError
 from lightning_t2i.keys import Keys
 from lightning_t2i.method import MethodModule
-from lightning_t2i.networks.denoiser import Predictor
+from lightning_t2i.networks.denoiser import Denoiser, Predictor
 from lightning_t2i.options import GroupOptions, MethodOptions
 from lightning_t2i.pairs import noise
 from lightning_t2i.processes import DDPM, EDM, Karras, TimeLaw, Uniform, expand, guided, sample
-from lightning_t2i.schedules import Warmup
+from lightning_t2i.schedules import Stepwise, Warmup, value_at, values_of
 
 Form: TypeAlias = Literal["dmd", "dmd_eq8", "sigma_over_alpha", "sigma3_over_alpha", "none"]
-Inputs: TypeAlias = tuple[Tensor, Cond | None, Tensor]  # noise [B, C, h, w], condition, int64 keys of the draws [B]
 LEVELS = 1000  # of the Karras grid that stands for EDM's times
 SMALLEST = 1e-5  # of w
 RESIZE = 224  # side to which LPIPS resizes the small pictures of pixel-space models
@@ -86,13 +85,13 @@ def matching_loss(x: Tensor, g: Tensor) -> Tensor:
     return 0.5 * (x - (x - g).detach()).square().mean()
 
 
-def denoising_loss(network: Predictor, x: Tensor, eps: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
-    """L_fake of clean x and noise eps [B, C, h, w] at t [B]: a scalar."""
+def denoising_loss(network: Predictor, prediction: Tensor, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """L_fake of clean x and noise eps [B, C, h, w] at t [B], from the network's prediction at x_t: a scalar."""
     x_t = network.process.add_noise(x, eps, t)
     if not isinstance(network.process, EDM):
-        return (network.eps(x_t, t, cond) - eps).square().mean()
+        return (network.convert(prediction, x_t, t, "eps") - eps).square().mean()
     weight = t.double() ** -2 + network.sigma_data**-2
-    return (expand(weight, x) * (network.x0(x_t, t, cond) - x).square()).mean()
+    return (expand(weight, x) * (network.convert(prediction, x_t, t, "x0") - x).square()).mean()
 
 
 def paper_update() -> GroupOptions:
@@ -111,10 +110,12 @@ class DMD(MethodModule):
         matching_weight: a; 0 is the ablation without distribution matching, which needs no fake network.
         dm_weight: form of g.
         t_min, t_max: range of the matching's times, as shares of T; both ends are included.
-        regression_weight: b; 0 is the ablation without regression, which needs no pairs.
+        regression_weight: b; 0 is the ablation without regression, which needs no pairs. This and t_max may change on
+            the way: {0: 0.98, 74000: 0.5} holds .98 up to training step 74,000.
         regression_metric: d, on x itself ("l2") or on decoded pictures.
         metric_weights: folder of the "perceptual" network, safetensors file of "lpips".
         match_pairs: match the distribution of G(z_ref) as well, as the paper does for text-to-image.
+        student_t: time at which the student is asked for x, in the process's own units; null is its last, T - 1.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         val_steps: steps of the teacher's sampler that validation compares with.
         student, fake: how the weights are updated.
@@ -129,11 +130,12 @@ class DMD(MethodModule):
         matching_weight: float = 1.0,
         dm_weight: Form = "dmd",
         t_min: float = 0.02,
-        t_max: float = 0.98,
-        regression_weight: float = 0.25,
+        t_max: Stepwise = 0.98,
+        regression_weight: Stepwise = 0.25,
         regression_metric: Literal["l2", "perceptual", "lpips"] = "l2",
         metric_weights: str | None = None,
         match_pairs: bool = False,
+        student_t: float | None = None,
         gradient_checkpointing: bool = False,
         val_steps: int = 25,
         student: GroupOptions | None = None,
@@ -141,19 +143,17 @@ class DMD(MethodModule):
         common: MethodOptions | None = None,
     ):
         super().__init__(common)
-        if min(matching_weight, regression_weight) < 0:
+        if min(matching_weight, *values_of(regression_weight, "model.regression_weight")) < 0:
             raise UserError("A weight is negative", where="model.matching_weight or model.regression_weight")
         if not matching_weight and (match_pairs or not regression_weight):
             raise UserError("Nothing is left to train on", where="model.matching_weight", given=0, allowed="above 0")
-        if not 0 <= t_min < t_max <= 1:
+        if not all(0 <= t_min < high <= 1 for high in values_of(t_max, "model.t_max")):
             raise UserError("Not a range of times", where="model.t_min", given=t_min, allowed="0 <= t_min < t_max <= 1")
-        if regression_metric != "l2" and metric_weights is None:
-            raise UserError("The metric has no weights", where="model.metric_weights", given="null")
         self.source, self.revision, self.guidance = teacher, revision, guidance
         self.matching_weight, self.dm_weight, self.t_min, self.t_max = matching_weight, dm_weight, t_min, t_max
         self.regression_weight, self.regression_metric = regression_weight, regression_metric
         self.metric_weights, self.match_pairs, self.val_steps = metric_weights, match_pairs, val_steps
-        self.gradient_checkpointing = gradient_checkpointing
+        self.student_t, self.gradient_checkpointing = student_t, gradient_checkpointing
         self.options = {"student": student or paper_update(), "fake": fake or paper_update()}
         self.pairs_per_sample = 1.0  # rows of `pairs` for each of `main`, once training begins
 
@@ -163,7 +163,7 @@ class DMD(MethodModule):
         if not isinstance(self.process, DDPM | EDM):
             what, allowed = "DMD has no times and weights of this process", "a teacher of a ddpm or edm process"
             raise UserError(what, where="model.teacher", given=self.process.name, allowed=allowed)
-        student, fake = (pipeline.trainable(self.gradient_checkpointing) for _ in range(2))
+        student, fake = self.copies(pipeline)
         dtype = torch.bfloat16 if self.common.precision == "bf16" else None
         self.add_frozen("teacher", pipeline.denoiser, pipeline.identity, dtype)
         self.add_frozen("codec", pipeline.codec, pipeline.identity)
@@ -173,9 +173,13 @@ class DMD(MethodModule):
             resize = None if pipeline.codec.vae else RESIZE
             metric = picture_distance(self.regression_metric, self.metric_weights, resize)
             self.add_frozen("metric", metric, metric.identity)
-        self.add_group("student", student, self.options["student"])
+        self.add_group("student", student, self.options["student"], student.owns)
         if self.matching_weight:
-            self.add_group("fake", fake, self.options["fake"])
+            self.add_group("fake", fake, self.options["fake"], fake.owns)
+
+    def copies(self, pipeline: Pipeline) -> list[Denoiser]:
+        """Student and fake, which begin as the teacher."""
+        return [pipeline.trainable(self.gradient_checkpointing) for _ in range(2)]
 
     def on_fit_start(self) -> None:
         """Refuses pairs that are missing or do not fit the teacher."""
@@ -193,9 +197,9 @@ class DMD(MethodModule):
             parts.append(self.inputs(batch["pairs"]))
         if not parts:
             return
-        z, cond, places = _joined(parts)
+        z, cond, places = joined(parts)
         with torch.set_grad_enabled(due):
-            x = self.student.generate(z, cond)  # x and x_ref in one call
+            x = self.generate(self.student, z, cond, self.keys, places)  # x and x_ref in one call
         matched = slice(None if self.match_pairs else len(main))
         fixed = x[matched].detach(), cond and cond.index(matched), places[matched]
         if due:
@@ -203,7 +207,8 @@ class DMD(MethodModule):
             if self.matching_weight:
                 loss = loss + self.matching_weight * matching_loss(x[matched], self.matching(*fixed))
             if self.regression_weight:  # x_ref comes last
-                loss = loss + self.regression_weight * self.regression(x[-len(batch["pairs"]) :], batch["pairs"])
+                weight = value_at(self.regression_weight, self.counters.step)
+                loss = loss + weight * self.regression(x[-len(batch["pairs"]) :], batch["pairs"])
             self.backward("student", loss, brightness=x.mean(), contrast=x.std())
         if self.matching_weight:  # on the same x, made before G moves
             self.backward("fake", self.fake_loss(*fixed))
@@ -217,6 +222,10 @@ class DMD(MethodModule):
             cond.label = self.keys.integers("label", records.position, 0, self.classes)
         return self.keys.normal("z", records.position, self.shape), cond, records.position
 
+    def generate(self, network: Predictor, z: Tensor, cond: Cond | None, keys: Keys, places: Tensor) -> Tensor:
+        """x [B, C, h, w] of unit Gaussian noise of that shape; keys and places are for draws, and one step has none."""
+        return network.generate(z, cond, self.student_t)
+
     def times(self, low: float = 0.0, high: float = 1.0) -> TimeLaw:
         """The uniform law between two shares of T, both ends included."""
         edm = isinstance(self.process, EDM)
@@ -227,11 +236,11 @@ class DMD(MethodModule):
     @torch.no_grad()
     def matching(self, x: Tensor, cond: Cond | None, places: Tensor) -> Tensor:
         """g at x [B, C, h, w], which has no gradient."""
-        t = self.times(self.t_min, self.t_max)(self.process, self.keys, places, "matching_t")
+        law = self.times(self.t_min, value_at(self.t_max, self.counters.step))
+        t = law(self.process, self.keys, places, "matching_t")
         x_t = self.process.add_noise(x, self.keys.normal("matching_eps", places, self.shape), t)
         real = guided(self.teacher.x0, x_t, t, cond, self.guidance)
-        fake = self.fake.x0(x_t, t, cond)
-        w = residual(x, real)
+        fake, w = self.fake.x0(x_t, t, cond), residual(x, real)
         gap, clamped = (fake - real).abs().mean(), (w < SMALLEST).sum()
         self.note(**{"student/w": w.mean(), "student/clamped": clamped, "student/gap": gap})
         return matching_gradient(x, real, fake, *self.process.alpha_sigma(t, torch.float64), self.dm_weight)
@@ -251,7 +260,8 @@ class DMD(MethodModule):
     def fake_loss(self, x: Tensor, cond: Cond | None, places: Tensor) -> Tensor:
         """L_fake of samples x [B, C, h, w] without gradient: a scalar."""
         t = self.times()(self.process, self.keys, places, "fake_t")
-        return denoising_loss(self.fake, x, self.keys.normal("fake_eps", places, self.shape), t, cond)
+        eps = self.keys.normal("fake_eps", places, self.shape)
+        return denoising_loss(self.fake, self.fake(self.process.add_noise(x, eps, t), t, cond), x, eps, t)
 
     def forward_units(self) -> dict[str, float]:
         """Forward passes of a training step: a gradient costs two more, a guided estimate one more."""
@@ -277,28 +287,21 @@ class DMD(MethodModule):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Mean absolute distance of G(z) from where the teacher's sampler ends, at noise that validations share."""
         main = batch["main"]
-        z, cond = self.keys.fork("validation").normal("z", main.position, self.shape), self.condition(main)
+        keys, cond = self.keys.fork("validation"), self.condition(main)
+        z = keys.normal("z", main.position, self.shape)
         end = sample(self.teacher, z, cond, self.val_steps, self.guidance)
-        distance = (self.generator_of("student").generate(z, cond) - end).abs().mean()
-        self.log(
-            f"{'test' if self.trainer.testing else 'val'}/distance", distance, batch_size=len(main), sync_dist=True
-        )
+        distance = (self.generate(self.generator_of("student"), z, cond, keys, main.position) - end).abs().mean()
+        stage = "test" if self.trainer.testing else "val"
+        self.log(f"{stage}/distance", distance, batch_size=len(main), sync_dist=True)
 
     test_step = validation_step
 
     @torch.no_grad()
     def sample(self, cond: Cond | None, keys: Keys, positions: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] of the averaged student, in one step; the noise depends on keys and position."""
+        """Pictures [B, 3, H, W] of the averaged student, as `generate` does; the noise depends on keys and position."""
         z = keys.normal("z", positions, self.shape)
-        return self.codec.decode(self.generator_of("student").generate(z, cond)).clamp(-1, 1)
+        return self.codec.decode(self.generate(self.generator_of("student"), z, cond, keys, positions)).clamp(-1, 1)
 
     def export(self, folder: Path, batches: Iterable[Batch]) -> None:
         """Writes the stock pipeline of the averaged student, or the model folder of an EDM network."""
         self.pipeline.save(folder, self.generator_of("student"))
-
-
-def _joined(parts: list[Inputs]) -> Inputs:
-    """The inputs of one call of G, in the order of the parts."""
-    zs, conds, places = zip(*parts, strict=True)
-    first, *rest = conds
-    return torch.cat(zs), first.cat(rest[0]) if rest and first is not None else first, torch.cat(places)

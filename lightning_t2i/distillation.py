@@ -7,10 +7,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_t2i.batch import Cond, Records
 from lightning_t2i.errors import UserError
@@ -25,6 +25,7 @@ from lightning_t2i.pairs import teacher_identity
 from lightning_t2i.paths import resolve
 from lightning_t2i.processes.schedulers import to_scheduler
 
+Inputs: TypeAlias = tuple[Tensor, Cond | None, Tensor]  # noise [B, C, h, w], condition, int64 keys of the draws [B]
 PAIRS_FIX = "make them with this teacher: python train.py predict and a config like those of configs/pairs"
 
 
@@ -130,7 +131,14 @@ def refuse_foreign_pairs(pairs: Any, recipe: Mapping[str, Any], shape: tuple[int
             raise UserError(what, where="data.pairs", given=theirs[name], allowed=str(ours[name]), fix=PAIRS_FIX)
 
 
-def picture_distance(kind: str, weights: str, resize: int | None) -> Any:
+def joined(parts: list[Inputs]) -> Inputs:
+    """The inputs of one call of a student, in the order of the parts."""
+    zs, conds, places = zip(*parts, strict=True)
+    first, *rest = conds
+    return torch.cat(zs), first.cat(rest[0]) if rest and first is not None else first, torch.cat(places)
+
+
+def picture_distance(kind: str, weights: str | None, resize: int | None) -> Any:
     """A frozen network d(x, y) [B] of pictures [B, 3, H, W] in [-1, 1], with its `identity`.
 
     Args:
@@ -141,6 +149,8 @@ def picture_distance(kind: str, weights: str, resize: int | None) -> Any:
     Raises:
         UserError: there are no such weights.
     """
+    if weights is None:
+        raise UserError("The metric has no weights", where="model.metric_weights", given="null")
     if kind == "perceptual":
         return PerceptualNetwork.from_pretrained(weights)
     return LPIPS.from_file(weights, resize=resize, average_pool=True)

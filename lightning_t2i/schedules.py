@@ -1,11 +1,35 @@
-"""Learning-rate schedules in training steps."""
+"""Schedules in training steps: of learning rates, and of a method's own numbers."""
 
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_t2i.errors import UserError
+
+Stepwise: TypeAlias = float | dict[int, float]
+"""A number, or the numbers that hold from training steps on: {0: 0.98, 74000: 0.5}."""
+
+
+def value_at(values: Stepwise, step: int) -> float:
+    """The number that holds in a training step."""
+    return values[max(s for s in values if s <= step)] if isinstance(values, dict) else values
+
+
+def values_of(values: Stepwise, where: str) -> list[float]:
+    """All numbers of a schedule.
+
+    Raises:
+        UserError: a schedule that says nothing of step 0.
+    """
+    if not isinstance(values, dict):
+        return [values]
+    if 0 not in values or min(values) < 0:
+        raise UserError("A schedule begins at training step 0", where=where, given=values, allowed="{0: .98, 1000: .5}")
+    return list(values.values())
 
 
 class Warmup(LRScheduler):

@@ -6,12 +6,20 @@ latent = (z - latents_mean) * scaling_factor / latents_std   when the config has
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_t2i.batch import Records
 from lightning_t2i.errors import UserError
+
+
+def factor_of(config: Mapping[str, Any]) -> int:
+    """How many pixels one latent position of an autoencoder with this config spans per side."""
+    blocks = config.get("block_out_channels") or config["encoder_block_out_channels"]
+    return 2 ** (len(blocks) - 1)
 
 
 class LatentCodec(nn.Module):
@@ -33,8 +41,7 @@ class LatentCodec(nn.Module):
             return
         config = vae.config
         self.channels = config.latent_channels
-        blocks = config.get("block_out_channels") or config["encoder_block_out_channels"]
-        self.factor = 2 ** (len(blocks) - 1)
+        self.factor = factor_of(config)
         # Statistics are plain numbers, not buffers: they follow the config, never a checkpoint.
         self._scale = [float(config.get("scaling_factor") or 1.0)]
         self._shift = [float(config.get("shift_factor") or 0.0)]
@@ -103,6 +110,11 @@ class LatentCodec(nn.Module):
         else:
             z = out.latents.float()
         return (z - self._statistic(self._shift, z)) * self._statistic(self._scale, z)
+
+    @torch.no_grad()
+    def latents(self, records: Records) -> Tensor:
+        """Unit-scale latents [B, C, h, w] of records: cached ones where the data has them."""
+        return self.encode(records.image) if records.latent is None else records.latent.float()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents of unit scale to float32 pictures [B, 3, H, W], near [-1, 1] but not clamped; differentiable."""

@@ -171,6 +171,10 @@ class Denoiser(Predictor):
         ours, theirs = getattr(config, "num_classes", 0), getattr(config, "num_class_embeds", None)
         return ours or (theirs - 1 if theirs else 0)
 
+    def owns(self, name: str) -> bool:
+        """Whether a parameter that is trainable belongs to this denoiser alone; see `adapters.Role`."""
+        return True
+
     def shard_roots(self) -> list[nn.Module]:
         """What is sharded, each as a root of its own."""
         return [self.backbone]
@@ -185,8 +189,8 @@ class Denoiser(Predictor):
 
     def features(
         self, x_t: Tensor, t: Time, cond: Cond | None = None, layers: Sequence[str] = ("mid_block",)
-    ) -> dict[str, Tensor]:
-        """Outputs of inner modules in one forward pass, for instance of "mid_block": name -> tensor.
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `predict` returns and, from the same forward pass, outputs of inner modules, for instance "mid_block".
 
         Of a module that returns several tensors the first is taken.
 
@@ -207,11 +211,10 @@ class Denoiser(Predictor):
                 raise UserError("No such layer in the backbone", where="layers", given=name, allowed=modules)
         handles = [modules[name].register_forward_hook(keep(name)) for name in layers]
         try:
-            self.predict(x_t, t, cond)
+            return self.predict(x_t, t, cond), kept
         finally:
             for handle in handles:
                 handle.remove()
-        return kept
 
     def _inputs(self, x_t: Tensor, t: Time) -> tuple[Tensor, Tensor]:
         """Scaled input in the backbone's precision, and its time input [B]."""

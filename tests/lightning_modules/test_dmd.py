@@ -151,7 +151,8 @@ def test_P5_the_fake_loss_is_least_at_the_exact_denoiser(process) -> None:
     x, eps = data.draw(numbers(len(t), 8)), numbers(len(t), 8, seed=1)
 
     def loss(**errors: float) -> float:
-        return float(denoising_loss(Exact(data, process, **errors), x, eps, t, None).detach())
+        network = Exact(data, process, **errors)
+        return float(denoising_loss(network, network(process.add_noise(x, eps, t), t), x, eps, t).detach())
 
     exact = loss()
     assert all(loss(**e) > exact for e in ({"shift": 0.02}, {"shift": -0.02}, {"gain": 1.03}, {"gain": 0.97}))
@@ -172,8 +173,9 @@ def test_P5_edms_weight_is_that_of_its_preconditioned_network() -> None:
 
     network = Preconditioned(EDM(), "edm")
     x, eps = numbers(1000, 8), numbers(1000, 8, seed=1)
-    plain = (network.predict(network.process.add_noise(x, eps, s), s) - network.target(x, eps, s)).square().mean()
-    torch.testing.assert_close(denoising_loss(network, x, eps, s, None), plain)
+    prediction = network.predict(network.process.add_noise(x, eps, s), s)
+    plain = (prediction - network.target(x, eps, s)).square().mean()
+    torch.testing.assert_close(denoising_loss(network, prediction, x, eps, s), plain)
 
 
 def test_P6_pairs_of_a_gaussian_teacher_are_on_its_trajectories() -> None:
@@ -427,7 +429,7 @@ def test_P13_pairs_are_matched_where_they_are_to_be(tmp_path, sd, sd_pairs, prom
         inner = getattr(owner, name)
 
         def watched(x, cond, *more):
-            seen[name].append((len(x), len(cond), *(len(m) for m in more)))
+            seen[name].append((len(x), len(cond), *(len(m) for m in more if m is not None)))
             return inner(x, cond, *more)
 
         setattr(owner, name, watched)
@@ -438,6 +440,19 @@ def test_P13_pairs_are_matched_where_they_are_to_be(tmp_path, sd, sd_pairs, prom
     trained(tmp_path, method, data(prompts, sd_pairs, sd, size=4, pair_size=2), 1)
     rows = 6 if match_pairs else 4
     assert seen == {"generate": [(6, 6)], "matching": [(rows,) * 3], "fake_loss": [(rows,) * 3]}
+
+
+def test_numbers_may_change_on_the_way(tmp_path, sd, sd_pairs, prompts) -> None:
+    def losses(**options) -> list[tuple[str, float]]:
+        method = method_of(sd, **options)
+        found = heard(method)
+        trained(tmp_path, method, data(prompts, sd_pairs, sd))
+        return found
+
+    usual = losses()
+    for options in ({"t_max": {0: 0.98, 1: 0.1}}, {"regression_weight": {0: 0.25, 1: 1.0}}):
+        changed = losses(**options)
+        assert changed[:2] == usual[:2] and changed[2] != usual[2]
 
 
 def test_P14_without_regression_no_pairs_are_needed(tmp_path, sd, sd_pairs, prompts) -> None:
@@ -543,6 +558,7 @@ def usual(first_losses) -> list[tuple[str, float]]:
         {"t_min": 0.5},
         {"t_max": 0.5},
         {"match_pairs": True},
+        {"student_t": 500.0},
         {"student": update(every=2)},
         {"student": update(clip=1e-3)},
         {"fake": update(clip=1e-3)},
@@ -764,7 +780,9 @@ def test_P12_a_killed_run_ends_with_the_bits_of_a_whole_one(repo, tmp_path) -> N
         ({"matching_weight": 0.0, "match_pairs": True}, "Nothing is left"),
         ({"t_min": 0.5, "t_max": 0.5}, "range of times"),
         ({"t_max": 1.5}, "range of times"),
-        ({"regression_metric": "perceptual"}, "metric has no weights"),
+        ({"t_max": {0: 0.98, 10: 0.01}}, "range of times"),
+        ({"t_max": {5: 0.98}}, "begins at training step 0"),
+        ({"regression_weight": {0: 0.25, 10: -1.0}}, "negative"),
     ],
     ids=str,
 )
@@ -781,6 +799,8 @@ def test_teachers_of_another_kind_are_refused(tmp_path, sd, edm) -> None:
         method_of(edm_folder(tmp_path / "uncond", 0), guidance=2.0).configure_model()
     with pytest.raises(UserError, match="No such model folder"):
         method_of("no/such/folder").configure_model()
+    with pytest.raises(UserError, match="metric has no weights"):
+        method_of(sd, regression_metric="lpips").configure_model()
     for metric, message in (("perceptual", "no perceptual network"), ("lpips", "no LPIPS weights")):
         with pytest.raises(UserError, match=message):
             method_of(sd, regression_metric=metric, metric_weights=str(tmp_path / "none")).configure_model()

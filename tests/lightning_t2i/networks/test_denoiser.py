@@ -172,10 +172,11 @@ def test_one_step_generation_of_edm_starts_at_sigma_max():
 def test_features_are_inner_outputs_and_hooks_are_removed():
     denoiser, x, cond = build("unet_text"), noisy(), condition()
     with torch.no_grad():
-        features = denoiser.features(x, 500, cond, ["mid_block", "down_blocks.0"])
+        prediction, features = denoiser.features(x, 500, cond, ["mid_block", "down_blocks.0"])
+        assert torch.equal(prediction, denoiser(x, 500, cond))
     assert features["mid_block"].shape == (2, 16, 4, 4) and features["down_blocks.0"].shape == (2, 8, 4, 4)
     assert not any(m._forward_hooks for m in denoiser.backbone.modules())
-    grad = torch.autograd.grad(denoiser.features(x.requires_grad_(), 500, cond)["mid_block"].sum(), x)[0]
+    grad = torch.autograd.grad(denoiser.features(x.requires_grad_(), 500, cond)[1]["mid_block"].sum(), x)[0]
     assert grad.abs().sum() > 0
     with pytest.raises(UserError, match="mid_block"):
         denoiser.features(x, 500, cond, ["middle_block"])

@@ -43,7 +43,7 @@ def evaluate(denoiser: Denoiser) -> dict[str, torch.Tensor]:
     handle = denoiser.backbone.time_text_embed.time_proj.register_forward_hook(
         lambda _module, args, _out: seen.update(time=args[0].float())
     )
-    features = denoiser.features(x, t, condition(), ["transformer_blocks.0"])
+    _, features = denoiser.features(x, t, condition(), ["transformer_blocks.0"])
     handle.remove()
     return {"x0": denoiser.x0(x, t, condition()), "features": features["transformer_blocks.0"].float(), **seen}
 

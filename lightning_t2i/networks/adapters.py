@@ -1,0 +1,113 @@
+"""Several denoisers that share one backbone: each with low-rank adapters of its own (LoRA, arXiv 2106.09685), or none.
+
+    teacher, student, fake = roles(denoiser, ("student", "fake"), rank=64)
+
+Memory is that of one backbone and the adapters. Which adapter answers is decided anew in each forward pass, and again
+when a checkpointed block is recomputed; `requires_grad` is never toggled.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_t2i.batch import Cond
+from lightning_t2i.networks.build import add_adapters
+from lightning_t2i.networks.denoiser import Denoiser
+from lightning_t2i.processes.base import Time
+
+
+class Role(Denoiser):
+    """A denoiser that answers with one adapter of a shared backbone, or with the bare backbone.
+
+    Args:
+        denoiser: whose backbone, process and prediction it has.
+        adapter: name of the adapter; None is the bare backbone, which then owns no parameters: `parameters()` of such a
+            role is empty, so that freezing or casting it leaves the adapters alone.
+    """
+
+    def __init__(self, denoiser: Denoiser, adapter: str | None):
+        super().__init__(denoiser.backbone, denoiser.process, denoiser.prediction, denoiser.sigma_data)
+        self.adapter = adapter
+        if adapter is None:
+            del self._modules["backbone"]
+            self.__dict__["backbone"] = denoiser.backbone
+
+    def owns(self, name: str) -> bool:
+        return f".{self.adapter}." in name
+
+    def predict(self, x_t: Tensor, t: Time, cond: Cond | None = None) -> Tensor:
+        with active(self.backbone, self.adapter):
+            return super().predict(x_t, t, cond)
+
+    def merged(self) -> Denoiser:
+        """A plain denoiser of its own, with the adapter in its weights."""
+        backbone: Any = copy.deepcopy(self.backbone)
+        if self.adapter is not None:
+            with active(backbone, self.adapter):
+                backbone.fuse_lora(adapter_names=[self.adapter])
+        backbone.unload_lora()
+        return Denoiser(backbone, self.process, self.prediction, self.sigma_data)
+
+
+def roles(
+    denoiser: Denoiser,
+    adapters: tuple[str, ...],
+    rank: int,
+    dtype: torch.dtype | None = None,
+    gradient_checkpointing: bool = False,
+) -> list[Role]:
+    """The bare denoiser and one role for each of the adapters, which begin as zero, in float32.
+
+    Args:
+        denoiser: of a diffusers backbone, which is frozen and gets the adapters.
+        dtype: precision of the frozen backbone.
+    """
+    backbone: Any = denoiser.backbone
+    backbone.to(dtype).eval()
+    for name in adapters:
+        add_adapters(backbone, rank, name=name)
+    for name, parameter in backbone.named_parameters():
+        if any(f".{adapter}." in name for adapter in adapters):
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+    if gradient_checkpointing:
+        backbone.enable_gradient_checkpointing(_checkpointed)
+    return [Role(denoiser, name) for name in (None, *adapters)]
+
+
+@contextmanager
+def active(network: nn.Module, adapter: str | None) -> Iterator[None]:
+    """Lets one adapter of a network answer, or none; PEFT's own switches would toggle `requires_grad` as well."""
+    layers = _layers(network)
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        layer._active_adapter, layer._disable_adapters = [adapter] if adapter else [], adapter is None
+    try:
+        yield
+    finally:
+        for layer, state in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = state
+
+
+def _layers(network: nn.Module) -> list[BaseTunerLayer]:
+    return [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
+
+
+def _checkpointed(block: nn.Module, *args: Any) -> Any:
+    """A checkpoint whose second pass, in the backward pass, uses the adapter of the first."""
+    layers = _layers(block)
+    adapter = None if not layers or layers[0]._disable_adapters else layers[0].active_adapters[0]
+
+    def run(*inputs: Any) -> Any:
+        with active(block, adapter):
+            return block(*inputs)
+
+    return checkpoint(run, *args, use_reentrant=False)

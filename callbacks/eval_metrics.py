@@ -11,9 +11,9 @@ from typing import Any
 import lightning as L
 
 from callbacks.budget import Budget
-from callbacks.inference import data_name, log_metrics, records_of, undisturbed
+from callbacks.inference import data_name, first_records, log_metrics, undisturbed
 from lightning_t2i.errors import UserError
-from lightning_t2i.metrics.scorers import SCORERS, Scorer, ScorerOptions, build_scorer
+from lightning_t2i.metrics.scorers import Scorer, ScorerOptions, build_scorer, check_metrics
 from lightning_t2i.protocols import Generates
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ class EvalOptions:
 
     Args:
         enabled: measure at all.
-        metrics: any of shapes_score, fd, kd, clip_score.
+        metrics: any of shapes_score, fd, kd, recall, clip_score.
         every: training steps between two evaluations.
         n: pictures of one evaluation, rounded up to whole validation batches; fewer when the data has fewer.
         max_fraction: share of the training time so far that evaluation may have taken; one that would take more is
@@ -41,9 +41,7 @@ class EvalOptions:
     networks: ScorerOptions = field(default_factory=ScorerOptions)
 
     def __post_init__(self) -> None:
-        for name in self.metrics:
-            if name not in SCORERS:
-                raise UserError("There is no such metric", where="eval.metrics", given=name, allowed=SCORERS)
+        check_metrics(self.metrics, "eval.metrics")
         for name in ("every", "n"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1", where=f"eval.{name}", given=getattr(self, name))
@@ -117,15 +115,8 @@ class EvalMetrics(L.Callback):
         log_metrics(trainer, self.results, module.counters.step)
 
     def _generate(self, trainer: L.Trainer, module: Any, split: str, scorers: list[Scorer]) -> None:
-        keys, seen = module.keys.fork("eval"), 0
-        for records in records_of(trainer, split):
-            records = records.to(module.device)
+        keys = module.keys.fork("eval")
+        for records in first_records(trainer, split, self.options.n, module.device):
             images = module.sample(module.condition(records), keys, records.position)
             for scorer in scorers:
                 scorer.add(images, records)
-            # Shares of whole batches are equal, so all ranks stop after the same one: sampling may be collective.
-            seen += len(records) * trainer.world_size
-            if seen >= self.options.n:
-                return
-        if seen == 0:
-            raise UserError("There are no prompts to evaluate on", where=f"data.{split}", fix="give the data a split")

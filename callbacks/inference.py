@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from lightning_t2i.batch import Records
+from lightning_t2i.errors import UserError
 
 
 @contextmanager
@@ -49,6 +50,24 @@ def records_of(trainer: L.Trainer, split: str) -> Iterator[Records]:
     loader: Any = getattr(data, f"{split}_dataloader", list)
     for batch in loader():
         yield batch["main"]
+
+
+def first_records(trainer: L.Trainer, split: str, n: int, device: torch.device | str) -> Iterator[Records]:
+    """The first batches of `records_of`, on `device`, until all ranks together have at least n records.
+
+    Shares of whole batches are equal, so all ranks stop after the same one: what they compute may be collective.
+
+    Raises:
+        UserError: the split has no records.
+    """
+    seen = 0
+    for records in records_of(trainer, split):
+        yield records.to(device)
+        seen += len(records) * trainer.world_size
+        if seen >= n:
+            return
+    if seen == 0:
+        raise UserError("There are no prompts to evaluate on", where=f"data.{split}", fix="give the data a split")
 
 
 def data_name(trainer: L.Trainer, split: str) -> str:

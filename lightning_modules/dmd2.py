@@ -40,6 +40,7 @@ from lightning_t2i.networks.adapters import roles
 from lightning_t2i.networks.denoiser import Denoiser, Predictor
 from lightning_t2i.networks.discriminator import Discriminator, middle
 from lightning_t2i.options import GroupOptions
+from lightning_t2i.schedules import Stepwise, value_at, values_of
 
 REAL_FIX = "data.real: a stream of pictures, as data.main of configs/data/shapes.yaml"
 
@@ -52,7 +53,9 @@ class DMD2(DMD):
         student_times: the student's times t_1 > ... > t_K in the process's own units (DDPM: 0 to 999; EDM: sigma);
             null is one step from the last time.
         backward_simulation: x' as above; else it is a real picture.
-        gan_weight: b; 0 leaves out the discriminator.
+        student_from: pipeline folder or hub id whose weights the student begins with; null is the teacher.
+        gan_weight: b, which may change on the way: {0: 0, 40000: 0.001}. While it is 0 the discriminator
+            rests, and real pictures are not looked at.
         discriminator_weight: d.
         discriminator: how the weights of the head are updated.
         lora_rank: rank of the adapters; null trains whole networks.
@@ -65,7 +68,8 @@ class DMD2(DMD):
         teacher: str,
         student_times: list[float] | None = None,
         backward_simulation: bool = True,
-        gan_weight: float = 0.0,
+        student_from: str | None = None,
+        gan_weight: Stepwise = 0.0,
         discriminator_weight: float = 0.01,
         discriminator: GroupOptions | None = None,
         lora_rank: int | None = None,
@@ -77,24 +81,32 @@ class DMD2(DMD):
         if student_times and (min(student_times) < 0 or any(a <= b for a, b in pairwise(student_times))):
             allowed = "times that fall, none below 0"
             raise UserError("Not a student's times", where="model.student_times", given=student_times, allowed=allowed)
-        if min(gan_weight, discriminator_weight) < 0:
+        self.has_discriminator = any(weights := values_of(gan_weight, "model.gan_weight"))
+        if min(*weights, discriminator_weight) < 0:
             raise UserError("A weight is negative", where="model.gan_weight or model.discriminator_weight")
+        if student_from is not None and lora_rank is not None:
+            what = "Adapters begin as the teacher"
+            raise UserError(what, where="model.student_from", given=student_from, allowed="null with lora_rank")
         if self.options["fake"].every != 1:
             what = "The fake network learns in every training step"
             raise UserError(what, where="model.fake.every", given=self.options["fake"].every, fix="student: {every: 5}")
         self.student_times, self.backward_simulation = student_times or [None], backward_simulation
-        self.gan_weight, self.discriminator_weight = gan_weight, discriminator_weight
+        self.steps = len(self.student_times)
+        self.student_from, self.gan_weight, self.discriminator_weight = student_from, gan_weight, discriminator_weight
         self.options["discriminator"] = discriminator or paper_update()
         self.lora_rank, self.base_precision = lora_rank, base_precision
         self.reals_per_sample = 1.0  # rows of `real` for each of `main`, once training begins
 
     def configure_model(self) -> None:
         super().configure_model()
-        if self.gan_weight:
+        if self.has_discriminator:
             self.layer, channels, side = middle(self.teacher)
             self.add_group("discriminator", Discriminator(channels, side), self.options["discriminator"])
 
     def copies(self, pipeline: Pipeline) -> list[Denoiser]:
+        if self.student_from is not None:
+            student = Pipeline.load(self.student_from).trainable(self.gradient_checkpointing)
+            return [student, *super().copies(pipeline)[1:]]
         if self.lora_rank is None:
             return super().copies(pipeline)
         dtype = torch.bfloat16 if self.base_precision == "bf16" else None
@@ -104,7 +116,7 @@ class DMD2(DMD):
 
     @property
     def needs_reals(self) -> bool:
-        return bool(self.gan_weight) or (len(self.student_times) > 1 and not self.backward_simulation)
+        return self.has_discriminator or (self.steps > 1 and not self.backward_simulation)
 
     def on_fit_start(self) -> None:
         """Refuses to begin without the real pictures that it needs."""
@@ -116,18 +128,18 @@ class DMD2(DMD):
             self.reals_per_sample = streams["real"].batch_size / streams["main"].batch_size
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        due, reals = self.due("student"), batch.get("real")
+        due, reals, gan_weight = self.due("student"), batch.get("real"), value_at(self.gan_weight, self.counters.step)
         z, cond, places = self.inputs(batch["main"])
         with torch.set_grad_enabled(due):
             x = self.student.x0(*self.student_input(z, cond, places, reals), cond)
         fixed = x.detach(), cond, places
         if due:
             loss = self.matching_weight * matching_loss(x, self.matching(*fixed))
-            if self.gan_weight:
+            if gan_weight:
                 towards = self.adversarial_gradient(*fixed)
-                loss = loss + self.gan_weight * ((x - fixed[0]) * towards).sum()  # adds a gradient and no value
+                loss = loss + gan_weight * ((x - fixed[0]) * towards).sum()  # adds a gradient and no value
             self.backward("student", loss, brightness=x.mean(), contrast=x.std())
-        if self.gan_weight:
+        if gan_weight:
             self.backward(("fake", "discriminator"), self.guidance_loss(*fixed, reals))
         else:
             self.backward("fake", self.fake_loss(*fixed))
@@ -136,7 +148,7 @@ class DMD2(DMD):
         self, z: Tensor, cond: Cond | None, places: Tensor, reals: Records | None
     ) -> tuple[Tensor, Tensor | float]:
         """(x_i [B, C, h, w], t_i) of a step i that all samples of the training step share, on all processes."""
-        i = int(self.keys.integers("step", torch.zeros(1, dtype=torch.int64), 0, len(self.student_times)))
+        i = int(self.keys.integers("step", torch.zeros(1, dtype=torch.int64), 0, self.steps))
         if i == 0:
             return self.process.initial(z), self.process.t_max if self.student_t is None else self.student_t
         if self.backward_simulation:
@@ -198,10 +210,10 @@ class DMD2(DMD):
 
     def forward_units(self) -> dict[str, float]:
         """DMD's, and those of steps before the student's, of real rows and of the discriminator's passes."""
-        due, reals, steps = 1 / self.options["student"].every, self.reals_per_sample, len(self.student_times)
+        due, reals = 1 / self.options["student"].every, self.reals_per_sample
         units = super().forward_units()
-        units["student"] += self.backward_simulation * (steps - 1) / 2
-        if self.gan_weight:
+        units["student"] += self.backward_simulation * (self.steps - 1) / 2
+        if self.has_discriminator:
             units["fake"] += due + 3 * reals  # the gradient that leaves its middle is not counted
             units["discriminator"] = 3 * (due + 1 + reals)
             if "text" in units:

@@ -44,7 +44,8 @@ class Cond:
     """What a denoiser is conditioned on, for B samples; a field that a network does not use is None.
 
     embeds [B, L, D] token embeddings, mask [B, L] True where a token counts, pooled [B, P], label [B] int64,
-    size_ids [B, 6] (original height and width, crop top and left, target height and width: SDXL, arXiv 2307.01952),
+    size_ids [B, 6] in pixels (original height and width, crop top and left, target height and width: SDXL, arXiv
+    2307.01952; where they are None a network that is told them takes those of whole pictures of its input's size),
     guidance [B] (guidance-distilled networks). The null_* fields hold the unconditional values of one sample.
     """
 

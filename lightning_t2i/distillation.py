@@ -23,7 +23,6 @@ from lightning_t2i.networks.perceptual import LPIPS, PerceptualNetwork
 from lightning_t2i.networks.text_encoder import TextEncoder
 from lightning_t2i.pairs import teacher_identity
 from lightning_t2i.paths import resolve
-from lightning_t2i.processes.schedulers import to_scheduler
 
 Inputs: TypeAlias = tuple[Tensor, Cond | None, Tensor]  # noise [B, C, h, w], condition, int64 keys of the draws [B]
 PAIRS_FIX = "make them with this teacher: python train.py predict and a config like those of configs/pairs"
@@ -100,13 +99,7 @@ class Pipeline:
 
     def save(self, folder: Path, denoiser: Denoiser) -> None:
         """Writes the stock pipeline with another denoiser of this kind, or the model folder of an EDM network."""
-        backbone: Any = denoiser.backbone
-        if not isinstance(backbone, EDMUNet):
-            return save_pipeline(folder, denoiser, self.codec, self.text)
-        backbone.save_pretrained(folder, safe_serialization=True)
-        scheduler = to_scheduler(denoiser.process, denoiser.prediction, denoiser.sigma_data)
-        scheduler.save_pretrained(folder / "scheduler")
-        return None
+        save_pipeline(folder, denoiser, self.codec, self.text)
 
 
 def refuse_foreign_pairs(pairs: Any, recipe: Mapping[str, Any], shape: tuple[int, ...]) -> None:

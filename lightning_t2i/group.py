@@ -46,10 +46,14 @@ class Group:
         self.scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
 
     def _twin(self) -> nn.Module:
-        """A copy of the network that shares its frozen parameters; made before sharding, which forbids copies."""
+        """A copy of the network that shares all that others train; made before sharding, which forbids copies."""
         trained = set(self.names)
         shared = {id(p): p for n, p in self.network.named_parameters() if n not in trained}
-        return copy.deepcopy(self.network, memo=shared).requires_grad_(False).eval()
+        twin = copy.deepcopy(self.network, memo=shared).eval()
+        for name, parameter in twin.named_parameters():
+            if name in trained:  # what is shared may be trained by another group
+                parameter.requires_grad_(False)
+        return twin
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from lightning_t2i.batch import Batch, Cond, Records
 from lightning_t2i.keys import Keys
+
+if TYPE_CHECKING:
+    from lightning_t2i.networks.codec import LatentCodec
+    from lightning_t2i.networks.denoiser import Denoiser
 
 
 @runtime_checkable
@@ -21,6 +25,22 @@ class Generates(Protocol):
 
     def sample(self, cond: Cond | None, keys: Keys, positions: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1]; the noise of a picture depends on keys and position alone."""
+
+
+class Distils(Generates, Protocol):
+    """A method that distils a diffusion teacher; its `sample` starts from keys.normal("z", positions, shape).
+
+    teacher: the frozen denoiser, guided at scale `guidance`; codec: from x0 to pictures; shape: (C, h, w) of one x0;
+    val_steps: steps of the teacher's sampler. A method whose `sample` takes more than one step has them as `steps`.
+
+    Not checkable at run time: from Python 3.12 on, isinstance does not see the networks of a module.
+    """
+
+    teacher: Denoiser
+    codec: LatentCodec
+    shape: tuple[int, int, int]
+    guidance: float
+    val_steps: int
 
 
 @runtime_checkable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,29 @@ def table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def with_interval(values: Mapping[str, Any], name: str) -> str:
+    """A metric with its interval, if it has one: "0.787 (0.767 to 0.807)"; empty where the metric is not given."""
+    if values.get(name) is None:
+        return ""
+    metric, at, facts = name.partition("@")
+    low, high = (values.get(f"{metric}_{end}{at}{facts}") for end in ("low", "high"))
+    return f"{values[name]:.3g}" + (f" ({low:.3g} to {high:.3g})" if low is not None and high is not None else "")
+
+
+def comparison(folder: Path) -> str:
+    """The section of `comparison.json`: the picture and a table with a column for each arm; empty without that file."""
+    if not (file := folder / "comparison.json").is_file():
+        return ""
+    found = json.loads(file.read_text())
+    arms = found["arms"]
+    every = dict.fromkeys(name for values in arms.values() for name in values)
+    names = [name for name in every if not name.partition("@")[0].endswith(("_low", "_high"))]
+    rows = [(name, *(with_interval(values, name) for values in arms.values())) for name in names]
+    about = f"After step {found['step']}, on prompts of {found['data']}, at equal noise; in brackets 95 % intervals."
+    picture = "![teacher and student](comparison.png)"
+    return f"## Teacher and student\n\n{picture}\n\n{about}\n\n{table(rows, ('', *arms))}"
+
+
 def write_report(folder: Path, method: Any = None) -> Path:
     """Writes report.md, curves.png and metrics.csv into a run folder and returns the report's path.
 
@@ -114,6 +137,7 @@ def write_report(folder: Path, method: Any = None) -> Path:
         about.append(("config hash", environment["config_hash"]))
     parts.append(table([(k, v) for k, v in about if v], ("run", "")))
     parts.append("Full config: [config.yaml](config.yaml). Versions and hardware: [env.json](env.json).")
+    parts.append(comparison(folder))
     if draw_curves(curves, folder / "curves.png"):
         parts.append("## Curves\n\n![curves](curves.png)")
     if grids := sorted((folder / "samples").glob("*.png")):
@@ -121,6 +145,7 @@ def write_report(folder: Path, method: Any = None) -> Path:
     metrics = [
         (name, f"{values[-1]:.5g}", str(steps[-1]), f"{min(values):.5g}", f"{max(values):.5g}")
         for name, (steps, values) in sorted(curves.items(), key=lambda item: importance(item[0]))
+        if not name.startswith("comparison/")  # they have their own section
     ]
     if metrics:
         parts.append("## Metrics\n\n" + table(metrics, ("name", "last", "at step", "least", "greatest")))

@@ -16,6 +16,7 @@ RUNNABLE = [p for p in CONFIGS if p.parent.name not in ("trainer", "data")]
 SIZES = {
     "sd15_unet": 859_520_964,
     "sd21_unet": 865_910_724,
+    "sdxl_unet": 2_567_463_684,
     "pixart_alpha_512": 610_856_096,
     "flux1_dev": 11_901_408_320,
 }

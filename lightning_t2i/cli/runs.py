@@ -32,6 +32,7 @@ FREE = (
     "throughput*",
     "checkpoints*",
     "eval*",
+    "comparison*",
     "health*",
     "data.init_args.workers",
     "model.init_args.common.log_every",

@@ -19,6 +19,7 @@ from callbacks.checkpoints import CheckpointOptions, Checkpoints
 from callbacks.eval_metrics import EvalMetrics, EvalOptions
 from callbacks.health import Health, HealthOptions
 from callbacks.sample_grid import SampleGrid, SampleOptions
+from callbacks.teacher_comparison import ComparisonOptions, TeacherComparison
 from callbacks.throughput import Throughput, ThroughputOptions
 from lightning_t2i.cli.checks import semantic
 from lightning_t2i.cli.configs import Merged, flatten
@@ -38,6 +39,7 @@ STANDARD: dict[str, tuple[type, Callable[[Path, Any], L.Callback]]] = {
     "eval": (EvalOptions, lambda folder, options: EvalMetrics(options)),
     "health": (HealthOptions, lambda folder, options: Health(options)),
     "checkpoints": (CheckpointOptions, lambda folder, options: Checkpoints(folder / "checkpoints", options)),
+    "comparison": (ComparisonOptions, lambda folder, options: TeacherComparison(options)),  # takes long: saved first
 }
 SECTIONS = {"tracking": TrackingOptions} | {key: options for key, (options, _) in STANDARD.items()}
 # Values that the data and the method must agree on: the method's counts.

@@ -97,6 +97,8 @@ def fit(request: Request) -> int:
         report = write_report(folder, session.method)
         for grid in sorted((folder / "samples").glob("*.png"))[-1:]:
             print(f"samples: {show(grid.resolve())}")
+        if (picture := folder / "comparison.png").is_file():
+            print(f"teacher and student: {show(picture.resolve())}")
         print(f"report:  {show(report.resolve())}")
     return 0
 

@@ -3,6 +3,8 @@
     FD    |m - m_r|^2 + tr(C + C_r - 2 (C C_r)^(1/2))            Fréchet distance of Gaussians (arXiv 1706.08500)
     KD    E k(x, x') + E k(y, y') - 2 E k(x, y)                  squared MMD, unbiased, k(a, b) = (a.b / D + 1)^3
                                                                  (arXiv 1801.01401, there over random subsets)
+    recall   share of reference pictures that lie within the distance between some generated picture and its third
+             nearest generated neighbour: how much of the reference is covered (arXiv 1904.06991, eq. 1)
 
 FD is biased by O(1 / n): compare equal n only. KD has no bias and uses all pairs. A number is called FID or KID only
 when the features are Inception's; its name always holds n and the reference with its size.
@@ -45,6 +47,12 @@ def _mean_of_pairs(x: Tensor) -> Tensor:
 def kernel_distance(x: Tensor, y: Tensor) -> Tensor:
     """Unbiased squared maximum mean discrepancy of features [N, D] and [M, D], float64 -> scalar; may be negative."""
     return _mean_of_pairs(x) + _mean_of_pairs(y) - 2 * _kernel_sum(x, y) / (len(x) * len(y))
+
+
+def recall(x: Tensor, y: Tensor, neighbours: int = 3) -> Tensor:
+    """Share of the reference y [M, D] that generated features x [N, D] cover, float64 -> scalar; N > neighbours."""
+    radius = torch.cdist(x, x).kthvalue(neighbours + 1, dim=1).values  # the nearest one is itself
+    return (torch.cdist(y, x) <= radius).any(1).double().mean()
 
 
 class InceptionFeatures(nn.Module):
@@ -92,6 +100,7 @@ class FeatureMetric(Metric):
     is_differentiable = False
     full_state_update = False
     symbol: str
+    stored: str  # symbol of the metric whose files hold the reference
     generated: Tensor
     referenced: Tensor
 
@@ -198,7 +207,7 @@ class FeatureMetric(Metric):
 class FrechetDistance(FeatureMetric):
     """Fréchet distance from float64 sums of features and of their outer products, see the module's docstring."""
 
-    symbol = "fd"
+    symbol = stored = "fd"
 
     def __init__(self, extractor: nn.Module, reference: str, **kwargs: Any):
         super().__init__(extractor, reference, **kwargs)
@@ -229,7 +238,7 @@ def _moments(n: Tensor, total: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
 class KernelDistance(FeatureMetric):
     """Kernel distance over all pairs, see the module's docstring; keeps every feature (n x D x 8 bytes)."""
 
-    symbol = "kd"
+    symbol = stored = "kd"
 
     def __init__(self, extractor: nn.Module, reference: str, **kwargs: Any):
         super().__init__(extractor, reference, **kwargs)
@@ -245,7 +254,22 @@ class KernelDistance(FeatureMetric):
         joined = torch.cat(features) if isinstance(features, list) and features else features
         return {"n": self.referenced, "features": joined if isinstance(joined, Tensor) else empty}
 
-    def _distance(self, reference: dict[str, Tensor]) -> Tensor:
+    @property
+    def _generated(self) -> Tensor:
         features = self.generated_features
-        x = torch.cat(features) if isinstance(features, list) else features
-        return kernel_distance(x, reference["features"])
+        return torch.cat(features) if isinstance(features, list) else features
+
+    def _distance(self, reference: dict[str, Tensor]) -> Tensor:
+        return kernel_distance(self._generated, reference["features"])
+
+
+class Recall(KernelDistance):
+    """How much of the reference is covered, see the module's docstring; the more pictures, the higher."""
+
+    symbol = "recall"
+    higher_is_better = True
+
+    def _distance(self, reference: dict[str, Tensor]) -> Tensor:
+        if len(self._generated) < 5:
+            raise UserError("recall needs five generated pictures or more", given=len(self._generated))
+        return recall(self._generated, reference["features"])

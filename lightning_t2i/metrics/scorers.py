@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_t2i.batch import Records
 from lightning_t2i.errors import UserError
 from lightning_t2i.metrics.clip_score import ClipScore, TransformersClip
-from lightning_t2i.metrics.frechet import FrechetDistance, InceptionFeatures, KernelDistance
+from lightning_t2i.metrics.frechet import FrechetDistance, InceptionFeatures, KernelDistance, Recall
 from lightning_t2i.networks.classifier import ShapesClassifier
 from lightning_t2i.paths import resolve
 
@@ -122,7 +122,7 @@ def _shapes_score(options: ScorerOptions, reference: str) -> Scorer:
 def _distance(kind: type[FrechetDistance] | type[KernelDistance]) -> Callable[[ScorerOptions, str], Scorer]:
     def build(options: ScorerOptions, reference: str) -> Scorer:
         return DistanceScorer(
-            build_distance(kind, options, reference), statistics_file(kind.symbol, options, reference)
+            build_distance(kind, options, reference), statistics_file(kind.stored, options, reference)
         )
 
     return build
@@ -148,8 +148,16 @@ SCORERS: dict[str, Callable[[ScorerOptions, str], Scorer]] = {
     "shapes_score": _shapes_score,
     "fd": _distance(FrechetDistance),
     "kd": _distance(KernelDistance),
+    "recall": _distance(Recall),
     "clip_score": _clip_score,
 }
+
+
+def check_metrics(names: Sequence[str], where: str) -> None:
+    """Refuses names that are no metrics; `where` is their key in the config."""
+    for name in names:
+        if name not in SCORERS:
+            raise UserError("There is no such metric", where=where, given=name, allowed=SCORERS)
 
 
 def build_scorer(name: str, options: ScorerOptions, reference: str) -> Scorer:

@@ -8,7 +8,7 @@ when a checkpointed block is recomputed; `requires_grad` is never toggled.
 
 from __future__ import annotations
 
-import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,13 +48,8 @@ class Role(Denoiser):
             return super().predict(x_t, t, cond)
 
     def merged(self) -> Denoiser:
-        """A plain denoiser of its own, with the adapter in its weights."""
-        backbone: Any = copy.deepcopy(self.backbone)
-        if self.adapter is not None:
-            with active(backbone, self.adapter):
-                backbone.fuse_lora(adapter_names=[self.adapter])
-        backbone.unload_lora()
-        return Denoiser(backbone, self.process, self.prediction, self.sigma_data)
+        with active(self.backbone, self.adapter):
+            return super().merged()
 
 
 def roles(
@@ -72,8 +67,10 @@ def roles(
     """
     backbone: Any = denoiser.backbone
     backbone.to(dtype).eval()
-    for name in adapters:
-        add_adapters(backbone, rank, name=name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # PEFT's: several adapters are the point
+        for name in adapters:
+            add_adapters(backbone, rank, name=name)
     for name, parameter in backbone.named_parameters():
         if any(f".{adapter}." in name for adapter in adapters):
             parameter.data = parameter.data.float()

@@ -27,8 +27,8 @@ def _call_unet2d_condition(net: nn.Module, x: Tensor, t: Tensor, cond: Cond | No
     cond = _needed(cond, net, "embeds")
     added = None
     if net.config.addition_embed_type == "text_time":  # SDXL
-        _needed(cond, net, "pooled", "size_ids")
-        added = {"text_embeds": cond.pooled, "time_ids": cond.size_ids}
+        _needed(cond, net, "pooled")
+        added = {"text_embeds": cond.pooled, "time_ids": _size_ids(net, x, cond)}
     return net(
         x,
         t,
@@ -43,9 +43,8 @@ def _call_unet2d_condition(net: nn.Module, x: Tensor, t: Tensor, cond: Cond | No
 def _call_pixart(net: nn.Module, x: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
     cond = _needed(cond, net, "embeds")
     added = {"resolution": None, "aspect_ratio": None}
-    if net.use_additional_conditions:  # the 1024 px networks; their latents are 8 times smaller than pictures
-        size = torch.tensor([x.shape[-2], x.shape[-1]], device=x.device).mul(8).expand(len(x), 2)
-        size = size.to(x.dtype) if cond.size_ids is None else cond.size_ids[:, 4:6].to(x.dtype)
+    if net.use_additional_conditions:  # the 1024 px networks
+        size = _size_ids(net, x, cond)[:, 4:6].to(x.dtype)
         added = {"resolution": size, "aspect_ratio": size[:, :1] / size[:, 1:]}
     return net(
         x,
@@ -109,6 +108,25 @@ def _needed(cond: Cond | None, net: nn.Module, *names: str) -> Cond:
     if missing:
         raise ValueError(f"{type(net).__name__} needs Cond with {', '.join(missing)}")
     return cond
+
+
+def is_told_size(net: nn.Module) -> bool:
+    """Whether a network is told the size of its pictures: the U-Net of SDXL, and PixArt's for 1024 px."""
+    xl = getattr(getattr(net, "config", None), "addition_embed_type", None) == "text_time"
+    return xl or getattr(net, "use_additional_conditions", False)
+
+
+def _size_ids(net: nn.Module, x: Tensor, cond: Cond) -> Tensor:
+    """The condition's, or those of whole pictures whose latents are x: [h, w, 0, 0, h, w] in pixels, int64 [B, 6].
+
+    `load_backbone` leaves at the network how many pixels its latents span, where that is not 8 as in the large ones.
+    """
+    if cond.size_ids is not None:
+        return cond.size_ids
+    factor = getattr(net, "picture_factor", 8)
+    ids = torch.zeros(len(x), 6, dtype=torch.int64, device=x.device)
+    ids[:, 0::4], ids[:, 1::4] = factor * x.shape[-2], factor * x.shape[-1]
+    return ids
 
 
 def adapter_for(backbone: nn.Module) -> Adapter:

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from lightning_t2i.errors import UserError
+from lightning_t2i.networks.backbones import is_told_size
 from lightning_t2i.networks.codec import LatentCodec
 from lightning_t2i.networks.denoiser import Denoiser
-from lightning_t2i.networks.load import build_network, locate, read_architecture
+from lightning_t2i.networks.load import OURS, build_network, locate, read_architecture
 from lightning_t2i.networks.text_encoder import TextEncoder
 from lightning_t2i.paths import resolve
 from lightning_t2i.processes.schedulers import to_scheduler
@@ -26,6 +27,7 @@ PIPELINES = {
     "FluxTransformer2DModel": ("FluxPipeline", "transformer"),
     "UNet2DModel": ("DDIMPipeline", "unet"),
 }
+NO_TEXT = {"text_encoder": None, "tokenizer": None}  # components that a pipeline has to be told it lacks
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -76,41 +78,52 @@ def add_adapters(backbone: nn.Module, rank: int, targets: tuple[str, ...] = ATTE
 def save_pipeline(folder: Path, denoiser: Denoiser, codec: LatentCodec, text: TextEncoder | None) -> None:
     """Writes the stock diffusers folder of the backbone's family in fp16 safetensors, from copies.
 
-        UNet2DConditionModel      StableDiffusionPipeline
+        UNet2DConditionModel      StableDiffusionPipeline; StableDiffusionXLPipeline where it is told the pictures' size
         PixArtTransformer2DModel  PixArtAlphaPipeline
         FluxTransformer2DModel    FluxPipeline
         UNet2DModel on pixels     DDIMPipeline; ConsistencyModelPipeline where the process is EDM's: it is the stock
                                   pipeline that takes class labels and any scheduler
+        networks of ours          no stock pipeline knows them: the folder of the network, float32, with its scheduler
 
     Adapters are merged into the weights. The scheduler is the one of `to_scheduler`; a DDPM's spaces its steps so that
     few of them start from pure noise.
 
     Raises:
-        UserError: a backbone for which no pipeline is known, or one on pixels with an autoencoder or a text encoder.
+        UserError: a backbone for which no pipeline is known, one on pixels with an autoencoder or a text encoder, or
+            one with the text encoders of another family where SDXL is one of the two.
     """
     import diffusers
 
-    backbone = copy.deepcopy(denoiser.backbone)
-    if getattr(backbone, "peft_config", None):
-        backbone.fuse_lora()
-        backbone.unload_lora()
+    backbone: Any = denoiser.merged().backbone
     scheduler = to_scheduler(denoiser.process, denoiser.prediction, denoiser.sigma_data)
     vae = copy.deepcopy(codec.vae)
+    if type(backbone).__name__ in OURS and vae is None and text is None:
+        backbone.save_pretrained(folder, safe_serialization=True)
+        scheduler.save_pretrained(folder / "scheduler")
+        return forget_origin(folder)
     kind = next((c.__name__ for c in type(backbone).__mro__ if c.__name__ in PIPELINES), None)
     if kind is None or (kind == "UNet2DModel") != (vae is None and text is None):
         raise UserError("No stock pipeline holds these networks", given=type(backbone).__name__, allowed=PIPELINES)
+    xl = kind == "UNet2DConditionModel" and is_told_size(backbone)
+    if text is not None and xl != (text.clip_2 is not None):
+        given = f"{kind} with {' and '.join(text.encoders())}"
+        raise UserError("Two CLIPs belong to SDXL's U-Net, and to it alone", given=given)
     parts: dict[str, Any] = {"scheduler": scheduler, PIPELINES[kind][1]: backbone}
     if vae is not None:
         parts["vae"] = vae
     for component, encoder in zip(("", "_2"), _encoders(text), strict=False):
         parts[f"text_encoder{component}"], parts[f"tokenizer{component}"] = encoder
-    if kind == "UNet2DConditionModel":
-        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        parts = {"text_encoder": None, "tokenizer": None, **parts}
     name = PIPELINES[kind][0] if denoiser.prediction != "edm" else "ConsistencyModelPipeline"
+    if xl:
+        name = "StableDiffusionXLPipeline"
+        parts = {**NO_TEXT, "text_encoder_2": None, "tokenizer_2": None, **parts}
+        parts["force_zeros_for_empty_prompt"] = text is None or text.zero_null
+    elif kind == "UNet2DConditionModel":
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        parts = {**NO_TEXT, **parts}
     pipeline = getattr(diffusers, name)(**parts)
     pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
-    forget_origin(folder)
+    return forget_origin(folder)
 
 
 def forget_origin(folder: Path) -> None:
@@ -128,5 +141,4 @@ def _encoders(text: TextEncoder | None) -> list[tuple[Any, Any]]:
     """The text encoders with their tokenizers, in the order of a pipeline's components."""
     if text is None:
         return []
-    both = ((text.clip, text._clip_tokenizer), (text.t5, text._t5_tokenizer))
-    return [(copy.deepcopy(encoder), tokenizer) for encoder, tokenizer in both if encoder is not None]
+    return [(copy.deepcopy(encoder), tokenizer) for encoder, tokenizer in text.encoders().values()]

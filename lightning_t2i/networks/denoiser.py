@@ -10,6 +10,7 @@ The backbone runs in its own precision; conversions around it are float32 or flo
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -170,6 +171,14 @@ class Denoiser(Predictor):
         config: Any = getattr(self.backbone, "config", None)
         ours, theirs = getattr(config, "num_classes", 0), getattr(config, "num_class_embeds", None)
         return ours or (theirs - 1 if theirs else 0)
+
+    def merged(self) -> Denoiser:
+        """A plain copy, with adapters in its weights."""
+        backbone: Any = copy.deepcopy(self.backbone)
+        if getattr(backbone, "peft_config", None):
+            backbone.fuse_lora()
+            backbone.unload_lora()
+        return Denoiser(backbone, self.process, self.prediction, self.sigma_data)
 
     def owns(self, name: str) -> bool:
         """Whether a parameter that is trainable belongs to this denoiser alone; see `adapters.Role`."""

@@ -11,13 +11,19 @@ import torch
 from torch import nn
 
 from lightning_t2i.errors import UserError
+from lightning_t2i.networks.backbones import is_told_size
+from lightning_t2i.networks.codec import factor_of
 from lightning_t2i.paths import resolve
 from lightning_t2i.processes.base import Process
 from lightning_t2i.processes.schedulers import from_scheduler
 
 BACKBONES = ("unet", "transformer")
 # Networks of this repository that are built and loaded like diffusers' own: class name -> module.
-OURS = {"SongUNet": "lightning_t2i.networks.edm_unets", "DhariwalUNet": "lightning_t2i.networks.edm_unets"}
+OURS = {
+    "SongUNet": "lightning_t2i.networks.edm_unets",
+    "DhariwalUNet": "lightning_t2i.networks.edm_unets",
+    "MLP": "lightning_t2i.networks.mlp",
+}
 
 
 def locate(path: str | Path) -> str:
@@ -151,6 +157,9 @@ def load_backbone(
 ) -> nn.Module:
     """The denoising network of a pipeline; `subfolder` defaults to "unet" or "transformer", or to the folder itself.
 
+    One that is told the size of its pictures gets an attribute `picture_factor`: pixels per latent position and side,
+    by the autoencoder beside it. At the network it stays with copies and adapters, and is not saved.
+
     Raises:
         UserError: there is none.
     """
@@ -159,7 +168,10 @@ def load_backbone(
         subfolder = next((name for name in BACKBONES if index.get(name, [None])[0]), None)
         if subfolder is None and index:
             raise UserError("The pipeline has no denoising network", where=str(path), allowed=BACKBONES)
-    return load_model(path, subfolder, revision, torch_dtype, variant)
+    backbone = load_model(path, subfolder, revision, torch_dtype, variant)
+    if is_told_size(backbone) and (vae := read_json(path, "vae/config.json", revision)):
+        backbone.picture_factor = factor_of(vae)
+    return backbone
 
 
 def read_architecture(path: str | Path) -> dict[str, Any]:

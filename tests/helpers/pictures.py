@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 from toy import trainer_for
 
+from datamodules.records import Stream
 from lightning_t2i.batch import Records
 from lightning_t2i.keys import Keys
 
@@ -25,6 +28,37 @@ def records(first: int, size: int, side: int = 16) -> Records:
         caption=[CAPTIONS[p % 4] for p in positions.tolist()],
         label=positions % 10,
     )
+
+
+class PictureStream(Stream):
+    """The same pictures as a stream of `Streams`.
+
+    Args:
+        label: give classes as well.
+    """
+
+    def __init__(self, batch_size: int = 4, side: int = 16, label: bool = True):
+        self.batch_size, self.side, self.label = batch_size, side, label
+
+    def setup(self) -> None:
+        pass
+
+    def __len__(self) -> int:
+        return 64
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"pictures": self.side}
+
+    def fetch(self, rows: np.ndarray, positions: torch.Tensor) -> Records:
+        found = [records(int(row), 1, self.side) for row in rows]
+        return Records(
+            id=torch.cat([r.id for r in found]),
+            position=positions,
+            image=torch.cat([r.image for r in found]),
+            caption=[r.caption[0] for r in found],
+            label=torch.cat([r.label for r in found]) if self.label else None,
+        )
 
 
 class Pictures(L.LightningDataModule):

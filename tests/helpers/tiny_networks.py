@@ -11,7 +11,7 @@ from torch import nn
 from lightning_t2i.batch import Cond
 
 WORDS = ["red", "blue", "square", "circle", "a", "and", "the", "two"]
-KINDS = ("unet", "unet_class", "unet_text", "pixart", "sd3", "flux")
+KINDS = ("unet", "unet_class", "unet_text", "unet_xl", "pixart", "sd3", "flux")
 
 
 def backbone(kind: str) -> nn.Module:
@@ -29,7 +29,12 @@ def backbone(kind: str) -> nn.Module:
             attention_head_dim=4,
             num_class_embeds=11 if kind == "unet_class" else None,
         )
-    elif kind == "unet_text":
+    elif kind in ("unet_text", "unet_xl"):
+        xl = {  # 54: pooled text of width 6, and six numbers in 8 frequencies each
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 54,
+        }
         net = diffusers.UNet2DConditionModel(
             **unet,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -37,6 +42,7 @@ def backbone(kind: str) -> nn.Module:
             layers_per_block=1,
             attention_head_dim=4,
             cross_attention_dim=12,
+            **(xl if kind == "unet_xl" else {}),
         )
     elif kind == "pixart":
         net = diffusers.PixArtTransformer2DModel(
@@ -102,7 +108,7 @@ def condition(batch: int = 2, seed: int = 0) -> Cond:
 
 
 def tokenizer(folder: Path, kind: str, length: int = 8):
-    """A word-level tokenizer saved and loaded as a CLIP or T5 fast tokenizer would be."""
+    """A word-level tokenizer saved and loaded as a fast one of CLIP, of SDXL's second CLIP or of T5 would be."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -110,7 +116,7 @@ def tokenizer(folder: Path, kind: str, length: int = 8):
     vocabulary = {word: i for i, word in enumerate(special + WORDS)}
     base = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     base.pre_tokenizer = pre_tokenizers.Whitespace()
-    single = "<bos> $A <eos>" if kind == "clip" else "$A <eos>"
+    single = "$A <eos>" if kind == "t5" else "<bos> $A <eos>"
     base.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<bos>", 1), ("<eos>", 2)])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=base,
@@ -128,7 +134,7 @@ def text_model(kind: str, width: int = 12) -> nn.Module:
     import transformers
 
     torch.manual_seed(1)
-    if kind == "clip":
+    if kind in ("clip", "clip_2"):
         config = transformers.CLIPTextConfig(
             vocab_size=12,
             hidden_size=width,
@@ -139,8 +145,10 @@ def text_model(kind: str, width: int = 12) -> nn.Module:
             bos_token_id=1,
             eos_token_id=2,
             pad_token_id=2,
+            projection_dim=6,
         )
-        return transformers.CLIPTextModel(config).eval()
+        cls = transformers.CLIPTextModel if kind == "clip" else transformers.CLIPTextModelWithProjection
+        return cls(config).eval()
     config = transformers.T5Config(
         vocab_size=12, d_model=width, d_kv=4, d_ff=16, num_layers=2, num_heads=2, dropout_rate=0.0, pad_token_id=0
     )
@@ -161,9 +169,14 @@ def pipeline_folder(folder: Path, kind: str = "unet_text", scheduler=None) -> Pa
     }
     net.save_pretrained(folder / component)
     autoencoder().save_pretrained(folder / "vae")
-    encoders = {"unet_text": ["clip"], "pixart": ["t5"], "flux": ["clip", "t5"]}.get(kind, [])
-    for suffix, name in zip(("", "_2"), encoders, strict=False):
-        model = text_model(name, width=6 if name == "clip" and kind == "flux" else 12)
+    encoders = {
+        "unet_text": {"clip": 12},
+        "unet_xl": {"clip": 4, "clip_2": 8},
+        "pixart": {"t5": 12},
+        "flux": {"clip": 6, "t5": 12},
+    }
+    for suffix, (name, width) in zip(("", "_2"), encoders.get(kind, {}).items(), strict=False):
+        model = text_model(name, width)
         model.save_pretrained(folder / f"text_encoder{suffix}")
         tokenizer(folder / f"tokenizer{suffix}", name)
         index[f"text_encoder{suffix}"] = ["transformers", type(model).__name__]

@@ -152,6 +152,23 @@ def test_gradient_checkpointing_keeps_the_gradients(folder):
     torch.testing.assert_close(*gradients)
 
 
+def test_sdxl_is_told_the_size_of_the_pictures(tmp_path):
+    """By the autoencoder in use, also of a network from random weights; a square of 16 pixels here."""
+    folder = tiny_networks.pipeline_folder(tmp_path, "unet_xl")
+    config = dict(tiny_networks.backbone("unet_xl").config) | {"_class_name": "UNet2DConditionModel"}
+    (tmp_path / "unet.json").write_text(json.dumps(config))
+    new = {"network": str(tmp_path / "unet.json"), "process": DDPM(**DDPM_ARGS), "prediction": "eps"}
+    for options in ({"network": str(folder)}, {**new, "codec": str(folder), "text": str(folder)}):
+        module, seen = Diffusion(**options), []
+        module.configure_model()
+        module.denoiser.backbone.add_time_proj.register_forward_hook(lambda _m, args, _o, to=seen: to.append(args[0]))
+        with torch.no_grad():
+            module.sample(
+                module.condition(Records.of_prompts(["red"])), Keys(0), torch.arange(1), guidance=1.0, steps=1
+            )
+        assert [ids.tolist() for ids in seen] == [[16, 16, 0, 0, 16, 16]]
+
+
 def test_embedded_guidance_reaches_a_distilled_network(tmp_path):
     folder = tiny_networks.pipeline_folder(tmp_path, "flux")
     conds = [built(folder, embedded_guidance=g).condition(Records.of_prompts(["red"])).guidance for g in (1.0, 3.5)]
@@ -170,7 +187,9 @@ def test_adapters_are_all_that_trains_and_all_that_is_saved(folder, tmp_path):
     assert all(torch.equal(after[n], t) for n, t in before.items())
 
 
-def test_a_trained_text_encoder_gets_gradients_and_a_frozen_one_does_not(folder, tmp_path):
+@pytest.mark.parametrize("kind", ["unet_text", "unet_xl"])
+def test_a_trained_text_encoder_gets_gradients_and_a_frozen_one_does_not(kind, tmp_path):
+    folder = tiny_networks.pipeline_folder(tmp_path / "pipeline", kind)
     for train in (False, True):
         module = Diffusion(str(folder), train_text=train, denoiser=GroupOptions(adam), text_encoder=GroupOptions(adam))
         start = weights_hash(TextEncoder.from_pretrained(folder))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 from closed_forms import Gaussian
+from distilling import LR, edm_folder, heard, same, states, update, words_file
 from kills import what_a_kill_changes
 from pictures import fit
 from safetensors.torch import save_file
@@ -30,7 +30,6 @@ from lightning_t2i.forward_units import counting_units, differences
 from lightning_t2i.frozen import weights_hash
 from lightning_t2i.keys import Keys
 from lightning_t2i.networks.denoiser import Denoiser, Predictor, Reexpressed
-from lightning_t2i.networks.edm_unets import SongUNet
 from lightning_t2i.networks.load import build_network
 from lightning_t2i.networks.perceptual import LPIPS, PerceptualNetwork
 from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions
@@ -40,9 +39,7 @@ from lightning_t2i.processes.schedulers import to_scheduler
 from lightning_t2i.protocols import Exports, Generates
 
 FORMS = ("dmd", "dmd_eq8", "sigma_over_alpha", "sigma3_over_alpha", "none")
-WORDS = ("red", "blue", "square", "circle", "two", "the")
 DIM = 192
-LR = 1e-3
 
 # ---- closed forms ----------------------------------------------------------------------------------------------------
 
@@ -244,24 +241,9 @@ def test_P10_a_zero_denominator_gives_a_finite_g_and_is_counted() -> None:
 # ---- tiny networks ---------------------------------------------------------------------------------------------------
 
 
-def edm_folder(folder: Path, classes: int, dropout: float = 0.1) -> str:
-    torch.manual_seed(0)
-    sizes = {"sample_size": 8, "channels": 8, "channel_mult": (1, 1), "blocks": 1, "augment_dim": 9}
-    network = SongUNet(num_classes=classes, dropout=dropout, **sizes)
-    for parameter in network.parameters():  # output layers start near zero, where no prediction could be told apart
-        if float(parameter.detach().abs().max()) < 1e-3:
-            nn.init.normal_(parameter, std=0.05)
-    network.save_pretrained(folder)
-    to_scheduler(EDM(), "edm").save_pretrained(folder / "scheduler")
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory) -> str:
-    file = tmp_path_factory.mktemp("prompts") / "words.jsonl"
-    rows = [{"caption": {"en": [f"{WORDS[i % 6]} {WORDS[i // 6 % 6]}"]}, "label": i % 10} for i in range(32)]
-    file.write_text("\n".join(json.dumps(row) for row in rows))
-    return str(file)
+    return words_file(tmp_path_factory.mktemp("prompts"))
 
 
 def make_pairs(source: str, prompts: str, folder: Path, **options) -> str:
@@ -299,10 +281,6 @@ def data(prompts: str, pairs: str | None, source: str, size: int = 4, pair_size:
     return Streams(main=Prompts(prompts, batch_size=size), pairs=stream, val=Prompts(prompts, batch_size=8, limit=8))
 
 
-def update(**options) -> GroupOptions:
-    return GroupOptions(lambda p: torch.optim.AdamW(p, lr=LR), **{"clip": 10.0, **options})
-
-
 def method_of(source: str, **options) -> DMD:
     return DMD(source, **{"student": update(), "fake": update(), "val_steps": 2, **options})
 
@@ -310,29 +288,6 @@ def method_of(source: str, **options) -> DMD:
 def trained(folder: Path, method: DMD, streams: Streams, steps: int = 2, **options) -> DMD:
     fit(folder, method, steps, streams, **{"limit_val_batches": 0, **options})
     return method
-
-
-def heard(method: DMD) -> list[tuple[str, float]]:
-    """The losses that it will give to `backward`."""
-    losses: list[tuple[str, float]] = []
-    backward = method.backward
-
-    def listened(name, loss, **scalars):
-        losses.append((name, float(loss.detach())))
-        backward(name, loss, **scalars)
-
-    method.backward = listened
-    return losses
-
-
-def states(method: DMD) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in method.state_dict().items()}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], **tolerances) -> None:
-    assert a.keys() == b.keys()
-    for name, tensor in a.items():
-        torch.testing.assert_close(tensor, b[name], **(tolerances or {"rtol": 0, "atol": 0}))
 
 
 # ---- the update ------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def records() -> Records:
     return found
 
 
-@pytest.mark.parametrize("kind", ["unet", "unet_class", "unet_text", "pixart", "flux"])
+@pytest.mark.parametrize("kind", ["unet", "unet_class", "unet_text", "unet_xl", "pixart", "flux"])
 def test_x0_is_what_the_sampler_gives(tmp_path, kind) -> None:
     guidance = 1.0 if kind == "unet" else 2.0
     method = built(pipeline_folder(tmp_path, kind), guidance=guidance, embedded_guidance=3.5, size=16)

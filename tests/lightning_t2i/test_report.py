@@ -60,6 +60,26 @@ def test_report_of_a_run(run) -> None:
     assert (run / "metrics.csv").read_text().startswith("step,samples,time,student/lr")
 
 
+def test_teacher_and_student_stand_side_by_side_in_a_section_of_their_own(run) -> None:
+    assert "Teacher and student" not in write_report(run).read_text()
+    score = {"s/overall@n=9": 0.75, "s/overall_low@n=9": 0.5, "s/overall_high@n=9": 1.0, "s/counting@n=9": 0.25}
+    arms = {
+        "teacher, 25 steps": {"guidance": 4.5, **score},
+        "student, 1 step": {"guidance": None, **score, "fd@n=9": 2},
+    }
+    (run / "comparison.json").write_text(json.dumps({"step": 7, "data": "shapes-val", "arms": arms}))
+    JsonlLogger(run / "metrics.jsonl").log_metrics({"comparison/student_1/s/counting@n=9": 0.25}, step=7)
+    text = write_report(run).read_text()
+    for part in (
+        "## Teacher and student\n\n![teacher and student](comparison.png)\n\nAfter step 7, on prompts of shapes-val",
+        "|  | teacher, 25 steps | student, 1 step |\n| --- | --- | --- |\n| guidance | 4.5 |  |\n",
+        "| s/overall@n=9 | 0.75 (0.5 to 1) | 0.75 (0.5 to 1) |\n| s/counting@n=9 | 0.25 | 0.25 |\n| fd@n=9 |  | 2 |\n",
+    ):
+        assert part in text, text
+    assert "overall_low" not in text and "comparison/student" not in text
+    assert text.index("## Teacher and student") < text.index("## Curves")
+
+
 def test_report_of_an_empty_folder(tmp_path) -> None:
     text = write_report(tmp_path).read_text()
     assert "## Curves" not in text and "## Samples" not in text and "## Metrics" not in text

@@ -88,6 +88,7 @@ def pixel_pipeline(folder: Path, name: str, classes: int | None) -> Path:
 NO_CHECKER = {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
 PIPELINES = {
     "StableDiffusionPipeline": ("unet_text", NO_CHECKER),
+    "StableDiffusionXLPipeline": ("unet_xl", {"force_zeros_for_empty_prompt": True}),
     "PixArtAlphaPipeline": ("pixart", {}),
     "FluxPipeline": ("flux", {}),
 }

@@ -15,8 +15,10 @@ from lightning_t2i.metrics.frechet import (
     FrechetDistance,
     InceptionFeatures,
     KernelDistance,
+    Recall,
     frechet_distance,
     kernel_distance,
+    recall,
 )
 
 
@@ -113,6 +115,31 @@ def test_kernel_distance_has_no_bias() -> None:
     assert abs(float(same.mean())) < 3 * float(same.std()) / 20 and float(same.min()) < 0
 
 
+def test_recall_is_the_share_of_the_reference_that_is_covered() -> None:
+    def points(centre: float, n: int, seed: int) -> Tensor:
+        noise = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return noise + centre
+
+    y = torch.cat([points(0, 400, 0), points(50, 600, 1)])
+    one, both = points(0, 500, 2), torch.cat([points(0, 250, 3), points(50, 250, 4)])
+    assert float(recall(one, y)) == pytest.approx(0.4, abs=0.03)  # of two modes it has the one with 400 of 1000
+    assert float(recall(both, y)) > 0.9 and float(recall(points(200, 500, 5), y)) == 0
+    assert float(recall(points(0, 500, 2) * 0.01, y)) < 0.01  # collapsed to a point
+    # By hand: the third neighbours of 0, 1, 2, 3, 10 are 3, 2, 2, 3 and 9 away.
+    line = torch.tensor([0.0, 1, 2, 3, 10]).double()[:, None]
+    probes = torch.tensor([-3.5, -2.9, 5.9, 6.1, 18.9, 19.1]).double()[:, None]
+    assert [float(recall(line, p[None])) for p in probes] == [0, 1, 1, 1, 1, 0]
+
+
+def test_recall_needs_neighbours() -> None:
+    metric = Recall(Pixels(4), "ones")
+    metric.update(torch.rand(10, 3, 2, 2), real=True)
+    metric.update(torch.rand(4, 3, 2, 2))
+    with pytest.raises(UserError, match="five generated"):
+        metric.compute()
+    assert metric.higher_is_better
+
+
 def test_kernel_sums_do_not_depend_on_blocks() -> None:
     x = torch.randn(2500, 4, dtype=torch.float64)
     gram = (x @ x.T / 4 + 1).pow(3)
@@ -120,14 +147,14 @@ def test_kernel_sums_do_not_depend_on_blocks() -> None:
     assert float(kernel_distance(x, x)) == pytest.approx(float(direct), rel=1e-9)
 
 
-@pytest.mark.parametrize("kind", [FrechetDistance, KernelDistance])
+@pytest.mark.parametrize("kind", [FrechetDistance, KernelDistance, Recall])
 def test_name_has_number_and_reference(kind: type) -> None:
     metric = kind(Pixels(2), "shapes-val")
     measured(metric, torch.randn(7, 2), torch.randn(9, 2))
     assert metric.name == f"{kind.symbol}@n=7,ref=shapes-val:9"
 
 
-@pytest.mark.parametrize("kind", [FrechetDistance, KernelDistance])
+@pytest.mark.parametrize("kind", [FrechetDistance, KernelDistance, Recall])
 def test_reset_keeps_the_reference(kind: type) -> None:
     first, second, real = (torch.randn(n, 2, dtype=torch.float64) for n in (7, 5, 9))
     metric = kind(Pixels(2), "shapes-val")
@@ -151,7 +178,7 @@ def test_inception_is_never_downloaded(tmp_path: Path) -> None:
         InceptionFeatures(tmp_path / "missing.pth")
 
 
-@pytest.mark.parametrize("kind", [FrechetDistance, KernelDistance])
+@pytest.mark.parametrize("kind", [FrechetDistance, KernelDistance, Recall])
 def test_saved_reference_gives_the_same_distance(kind: type, tmp_path: Path) -> None:
     generated, real = torch.randn(40, 3).double(), (1 + torch.randn(50, 3)).double()
     metric = kind(Pixels(3), "shapes-val")

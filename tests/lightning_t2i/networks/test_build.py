@@ -8,6 +8,7 @@ import tiny_networks
 import torch
 
 from lightning_t2i.batch import Cond
+from lightning_t2i.distillation import Pipeline
 from lightning_t2i.errors import UserError
 from lightning_t2i.networks.build import save_pipeline, text_encoder_of
 from lightning_t2i.networks.codec import LatentCodec
@@ -83,6 +84,52 @@ def test_flux(tmp_path):
     with torch.no_grad():
         ours = codec.decode(sample(denoiser, z, text(PROMPTS), 5, 2.0, "euler"))
     torch.testing.assert_close(shown(ours), theirs, atol=2e-3, rtol=0)
+
+
+def xl_text(folder: Path, zero_null: bool) -> TextEncoder:
+    models = {name: tiny_networks.text_model(name, width) for name, width in (("clip", 4), ("clip_2", 8))}
+    words = {f"{name}_tokenizer": tiny_networks.tokenizer(folder / name, name) for name in models}
+    return TextEncoder(**models, **words, zero_null=zero_null).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("zero_null", [True, False])
+def test_sdxl(zero_null, tmp_path):
+    net = tiny_networks.backbone("unet_xl")
+    net.picture_factor = 2  # that of the autoencoder, as Diffusion sets it
+    denoiser, codec = Denoiser(net, DDPM(), "eps"), LatentCodec(tiny_networks.autoencoder(scaling_factor=0.7))
+    text = xl_text(tmp_path, zero_null)
+    written(tmp_path / "out", denoiser, codec, text)
+    pipeline = loaded(tmp_path / "out", diffusers.StableDiffusionXLPipeline)
+    assert pipeline.config.force_zeros_for_empty_prompt is zero_null
+    z = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(0))
+    size = {"height": 16, "width": 24}  # of two lengths, so that their order shows
+    theirs = pipeline(
+        PROMPTS, latents=z, guidance_scale=3.0, num_inference_steps=5, output_type="pt", **size
+    ).images  # fmt: skip
+    read = Pipeline.load(str(tmp_path / "out"), guidance=3.0)  # where the factor is that of the folder's autoencoder
+    for parts in ((denoiser, codec, text), (read.denoiser, read.codec, read.text)):
+        with torch.no_grad():
+            ours = parts[1].decode(sample(parts[0], z, parts[2](PROMPTS), 5, 3.0))
+        torch.testing.assert_close(shown(ours), theirs, atol=1e-4, rtol=0)
+    wrong = read.text.requires_grad_(False)(PROMPTS)
+    wrong.size_ids = torch.tensor([[64, 96, 0, 0, 64, 96]] * 2)  # of an autoencoder of factor 8
+    with torch.no_grad():
+        other = read.codec.decode(sample(read.denoiser, z, wrong, 5, 3.0))
+    assert float((shown(other) - theirs).abs().max()) > 1e-3
+
+
+def test_sdxl_without_text_encoders_and_with_those_of_others(tmp_path):
+    denoiser = Denoiser(tiny_networks.backbone("unet_xl"), DDPM(), "eps")
+    codec = LatentCodec(tiny_networks.autoencoder())
+    save_pipeline(tmp_path / "out", denoiser, codec, None)
+    pipeline = loaded(tmp_path / "out", diffusers.StableDiffusionXLPipeline)
+    assert pipeline.text_encoder is None and pipeline.text_encoder_2 is None
+    text = {"clip": tiny_networks.text_model("clip"), "clip_tokenizer": None}
+    with pytest.raises(UserError, match="UNet2DConditionModel with clip$"):
+        save_pipeline(tmp_path / "a", denoiser, codec, TextEncoder(**text))
+    plain = Denoiser(tiny_networks.backbone("unet_text"), DDPM(), "eps")
+    with pytest.raises(UserError, match="UNet2DConditionModel with clip and clip_2$"):
+        save_pipeline(tmp_path / "b", plain, codec, TextEncoder(**text, clip_2=tiny_networks.text_model("clip_2")))
 
 
 def pixels(name: str) -> torch.nn.Module:

@@ -42,6 +42,9 @@ def test_predict_equals_the_backbone_called_by_hand(kind):
             expected = net(x, t, class_labels=cond.label).sample
         elif kind == "unet_text":
             expected = net(x, t, encoder_hidden_states=cond.embeds).sample
+        elif kind == "unet_xl":
+            added = {"text_embeds": cond.pooled, "time_ids": torch.tensor([[64, 64, 0, 0, 64, 64]] * 2)}
+            expected = net(x, t, encoder_hidden_states=cond.embeds, added_cond_kwargs=added).sample
         elif kind == "pixart":
             added = {"resolution": None, "aspect_ratio": None}
             expected = net(x, encoder_hidden_states=cond.embeds, timestep=t, added_cond_kwargs=added).sample[:, :4]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import diffusers
 import pytest
 import torch
 from tiny_networks import pipeline_folder, text_model, tokenizer
@@ -56,10 +60,75 @@ def test_flux_takes_pooled_clip_and_unmasked_t5(tmp_path):
     torch.testing.assert_close(cond.null().pooled[0], cond.pooled[1])
 
 
-@pytest.mark.parametrize("kind", ["unet_text", "pixart", "flux"])
+def sdxl(folder: Path, **index) -> TextEncoder:
+    """The encoders of a tiny SDXL pipeline; `index` goes into its model_index.json."""
+    facts = json.loads((pipeline_folder(folder, "unet_xl") / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(facts | index))
+    return TextEncoder.from_pretrained(str(folder))
+
+
+@pytest.mark.parametrize("zeros", [True, False, None])
+@pytest.mark.parametrize("trained", [True, False])
+def test_sdxl_equals_the_stock_pipeline(zeros, trained, tmp_path):
+    """Both captions and the unconditional condition, which is zeros where the pipeline does not say."""
+    encoder = sdxl(tmp_path, **({} if zeros is None else {"force_zeros_for_empty_prompt": zeros}))
+    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path, dtype=torch.float32)
+    assert pipeline.config.force_zeros_for_empty_prompt == encoder.zero_null == (zeros is not False)
+    with torch.no_grad():
+        embeds, null_embeds, pooled, null_pooled = pipeline.encode_prompt(CAPTIONS, device=torch.device("cpu"))
+    cond = encoder.requires_grad_(trained)(CAPTIONS)
+    assert cond.embeds.shape == (3, 8, 4 + 8) and cond.pooled.shape == (3, 6) and cond.mask is None
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(cond.embeds, embeds, **close)
+    torch.testing.assert_close(cond.pooled, pooled, **close)
+    torch.testing.assert_close(cond.null().embeds, null_embeds, **close)
+    torch.testing.assert_close(cond.null().pooled, null_pooled, **close)
+    assert (float(cond.null_embeds.abs().sum().detach()) == 0) == encoder.zero_null
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_trained_sdxl_encoders_get_gradients(zeros, tmp_path):
+    encoder = sdxl(tmp_path, force_zeros_for_empty_prompt=zeros).requires_grad_(True)
+    cond = encoder(["two"])
+    assert cond.embeds.requires_grad and cond.null_embeds.requires_grad is cond.null_pooled.requires_grad is not zeros
+    ((cond.embeds**2).sum() + (cond.pooled**2).sum()).backward()
+    idle = {name for name, p in encoder.named_parameters() if p.grad is None}
+    # The first encoder's last layer is behind what is read of it; the second's makes the pooled text.
+    assert idle and all(n.startswith(("clip.encoder.layers.1.", "clip.final_layer_norm.")) for n in idle)
+    assert encoder.clip_2.text_projection.weight.grad.abs().sum() > 0
+
+
+def test_a_second_clip_needs_a_first_one_and_no_t5(tmp_path):
+    for others in ({}, {"clip": text_model("clip"), "t5": text_model("t5")}, {"t5": text_model("t5")}):
+        with pytest.raises(UserError):
+            TextEncoder(**others, clip_2=text_model("clip_2"))
+    with pytest.raises(UserError, match="zero_null"):
+        TextEncoder(clip=text_model("clip"), zero_null=True)
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ("CLIPTextModelWithProjection", "CLIPTextModelWithProjection", "T5EncoderModel"),  # SD3
+        (None, "CLIPTextModelWithProjection"),  # the refiner of SDXL
+    ],
+)
+def test_pipelines_that_are_not_served_are_told_before_anything_is_read(classes, tmp_path):
+    entries = {
+        f"text_encoder{suffix}": [kind and "transformers", kind]
+        for suffix, kind in zip(("", "_2", "_3"), classes, strict=False)
+    }
+    (tmp_path / "model_index.json").write_text(json.dumps(entries))
+    with pytest.raises(UserError, match="not served") as error:
+        TextEncoder.from_pretrained(str(tmp_path))
+    assert " + ".join(kind for kind in classes if kind) in str(error.value)
+    assert "CLIPTextModel + CLIPTextModelWithProjection" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["unet_text", "unet_xl", "pixart", "flux"])
 def test_from_pretrained_float32_from_a_half_precision_folder(kind, tmp_path):
     folder = pipeline_folder(tmp_path, kind)
-    name = "clip" if kind == "unet_text" else "t5"
+    name = "clip" if kind.startswith("unet") else "t5"
     place = folder / ("text_encoder_2" if kind == "flux" else "text_encoder")
     text_model(name).half().save_pretrained(place)
     encoder = TextEncoder.from_pretrained(str(folder))

@@ -9,20 +9,24 @@ import torch
 from safetensors import safe_open
 
 from datamodules.image_text import ImageText
+from datamodules.worlds.shapes_scenes import HELD_OUT, PAIRS
 from lightning_modules.classifier import targets
 from lightning_modules.diffusion import Diffusion
-from lightning_t2i.batch import Records
+from lightning_t2i.batch import Cond, Records
 from lightning_t2i.keys import Keys
-from lightning_t2i.metrics.assets import SOLVERS, main, tokens
+from lightning_t2i.metrics.assets import SOLVERS, STEPS, main, tokens
+from lightning_t2i.metrics.shapes_detector import detect, to_pixels
 from lightning_t2i.metrics.shapes_score import ShapesScore
 from lightning_t2i.networks.classifier import ShapesClassifier
 from lightning_t2i.networks.codec import LatentCodec
 from lightning_t2i.networks.denoiser import Denoiser
 from lightning_t2i.networks.perceptual import PerceptualNetwork
 from lightning_t2i.pictures import to_pil
+from lightning_t2i.processes import sample
 
 TINY = Path(__file__).parent.parent / "assets/tiny"
-FOLDERS = ("vae", "vq", "classifier", "perceptual", "clip", "sd", "pixart", "flux", "pairs", "tokenizers")
+PIPELINES = ("sd", "pixart", "flux", "ddpm", "edm")
+FOLDERS = ("vae", "vq", "classifier", "perceptual", "clip", *PIPELINES, "pairs", "points", "tokenizers")
 TEACHERS = ("sd", "pixart", "flux")
 PROMPTS = ["a red circle", "two blue squares", "a green triangle above a yellow cross"]
 
@@ -193,6 +197,51 @@ def test_teacher_draws_what_it_is_asked(scenes, name):
     picture = module.sample(module.condition(records), Keys(0).fork("eval"), records.position)
     p = card["overall"]
     assert score([picture], [records]) > p - 3 * math.sqrt(p * (1 - p) / n)
+
+
+def pixels(name: str, z: torch.Tensor, labels: torch.Tensor | None, steps: int, solver: str) -> torch.Tensor:
+    """Pictures [B, 3, 32, 32] in [0, 1] of a pipeline without text."""
+    denoiser = Denoiser.from_pretrained(str(TINY / name))
+    cond = None if labels is None else Cond(label=labels, null_label=denoiser.classes)
+    return (sample(denoiser, z, cond, steps, 1.0, solver).clamp(-1, 1) + 1) / 2
+
+
+def test_stock_ddpm_gives_our_pictures():
+    from diffusers import DDIMPipeline
+
+    pipeline = DDIMPipeline.from_pretrained(TINY / "ddpm", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(2, torch.Generator().manual_seed(3), num_inference_steps=10, output_type="np").images
+    z = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    ours = pixels("ddpm", z, None, 10, "ddim")
+    torch.testing.assert_close(ours, torch.from_numpy(theirs).permute(0, 3, 1, 2), atol=2e-3, rtol=0)
+
+
+def test_stock_edm_gives_our_pictures():
+    from diffusers import ConsistencyModelPipeline
+
+    pipeline = ConsistencyModelPipeline.from_pretrained(TINY / "edm", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    z, labels = Keys(0).normal("z", torch.arange(2), (3, 32, 32)), torch.tensor([3, 7])
+    theirs = pipeline(2, labels, num_inference_steps=10, latents=z, output_type="pt").images
+    # diffusers starts from z sqrt(sigma_max^2 + 1), this repository from z sigma_max: 8e-5 apart.
+    torch.testing.assert_close(pixels("edm", z, labels, 10, "euler"), theirs, atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "figure"), [("ddpm", "scenes"), ("edm", "scenes"), ("edm", "pairs")])
+def test_pixel_models_draw_scenes(name, figure):
+    """A small part of the full measurement in the card; the bound is three standard errors below its figure."""
+    p, n = json.loads((TINY / name / "score.json").read_text())[figure], 40
+    z, known = Keys(0).normal("z", torch.arange(n), (3, 32, 32)), [i for i, p in enumerate(PAIRS) if p not in HELD_OUT]
+    labels = torch.tensor(known)[torch.arange(n) % len(known)] if name == "edm" else None
+    drawn = pixels(name, z, labels, STEPS[name], SOLVERS[name]) * 2 - 1
+    found = [detect(picture) for picture in to_pixels(drawn)]
+    if figure == "scenes":
+        right = [1 <= len(objects) <= 3 for objects in found]
+    else:
+        seen = [{(o["shape"], o["colour"]) for o in objects} for objects in found]
+        right = [PAIRS[int(label)] in objects for label, objects in zip(labels, seen, strict=True)]
+    assert sum(right) / n > p - 3 * math.sqrt(p * (1 - p) / n)
 
 
 def test_early_snapshot_is_worse_than_the_teacher():

@@ -83,7 +83,7 @@ def save_pipeline(folder: Path, denoiser: Denoiser, codec: LatentCodec, text: Te
         FluxTransformer2DModel    FluxPipeline
         UNet2DModel on pixels     DDIMPipeline; ConsistencyModelPipeline where the process is EDM's: it is the stock
                                   pipeline that takes class labels and any scheduler
-        networks of ours          no stock pipeline knows them: the folder of the network, float32, with its scheduler
+        networks of ours          no stock pipeline knows them: the folder of the network, with its scheduler
 
     Adapters are merged into the weights. The scheduler is the one of `to_scheduler`; a DDPM's spaces its steps so that
     few of them start from pure noise.
@@ -98,7 +98,7 @@ def save_pipeline(folder: Path, denoiser: Denoiser, codec: LatentCodec, text: Te
     scheduler = to_scheduler(denoiser.process, denoiser.prediction, denoiser.sigma_data)
     vae = copy.deepcopy(codec.vae)
     if type(backbone).__name__ in OURS and vae is None and text is None:
-        backbone.save_pretrained(folder, safe_serialization=True)
+        backbone.half().save_pretrained(folder, safe_serialization=True)
         scheduler.save_pretrained(folder / "scheduler")
         return forget_origin(folder)
     kind = next((c.__name__ for c in type(backbone).__mro__ if c.__name__ in PIPELINES), None)

@@ -668,7 +668,8 @@ def test_export_of_an_edm_student_is_read_again(tmp_path, edm, edm_pairs, prompt
     again.configure_model()
     records = Records.of_prompts(["", ""])
     found = again.sample(again.condition(records), Keys(0), records.position)
-    assert torch.equal(found, method.sample(method.condition(records), Keys(0), records.position))
+    expected = method.sample(method.condition(records), Keys(0), records.position)
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)  # the weights are written in fp16
 
 
 @pytest.mark.parametrize(

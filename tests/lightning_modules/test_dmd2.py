@@ -19,12 +19,18 @@ from datamodules.streams import Streams
 from lightning_modules.dmd import DMD
 from lightning_modules.dmd2 import DMD2
 from lightning_t2i.batch import Batch, Records
+from lightning_t2i.cli.configs import merge
 from lightning_t2i.errors import UserError
 from lightning_t2i.forward_units import counting_units, differences
 from lightning_t2i.frozen import weights_hash
 from lightning_t2i.keys import Keys
+from lightning_t2i.networks.adapters import roles
+from lightning_t2i.networks.denoiser import Denoiser
+from lightning_t2i.networks.discriminator import Discriminator, middle
+from lightning_t2i.networks.load import build_network
 from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions
-from lightning_t2i.processes import guided
+from lightning_t2i.processes import DDPM, EDM, guided
+from lightning_t2i.processes.schedulers import to_scheduler
 from lightning_t2i.protocols import Exports, Generates
 
 SHAPE = (4, 8, 8)
@@ -487,13 +493,68 @@ def test_missing_real_pictures_are_refused_before_training(tmp_path, sd, edm, pr
 
 
 def test_a_discriminator_needs_a_unet(tmp_path) -> None:
-    from lightning_t2i.processes import DDPM
-    from lightning_t2i.processes.schedulers import to_scheduler
-
     pixart = str(pipeline_folder(tmp_path / "pixart", "pixart", scheduler=to_scheduler(DDPM(), "eps")))
     method_of(pixart).configure_model()
     with pytest.raises(UserError, match="needs a U-Net"):
         method_of(pixart, gan_weight=0.1).configure_model()
+
+
+# ---- paper scale -----------------------------------------------------------------------------------------------------
+
+
+def count(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def built_on_meta(name: str, process) -> Denoiser:
+    with torch.device("meta"):
+        return Denoiser(build_network(f"configs/networks/{name}.json"), process, "eps")
+
+
+@pytest.mark.parametrize(
+    ("config", "network", "shards", "precision", "limit"),
+    [
+        ("imagenet64", "edm_imagenet64", 1, "bf16", 40),
+        ("sd15", "sd15_unet", 1, "bf16", 40),
+        ("sdxl_4step", "sdxl_unet", 8, "bf16", 20),
+        ("sdxl_1step", "sdxl_unet", 8, "bf16", 20),
+    ],
+)
+def test_memory_on_each_process(repo, capsys, config, network, shards, precision, limit) -> None:
+    """Student, fake and head: float32 weights, gradients and two moments; the teacher in bf16."""
+    merged = merge([repo / f"configs/dmd2/{config}.yaml"], []).config
+    options = merged["model"]["init_args"]
+    assert options["common"]["precision"] == precision and options["gan_weight"]
+    denoiser = built_on_meta(network, EDM() if "edm" in network else DDPM())
+    with torch.device("meta"):
+        head = count(Discriminator(*middle(denoiser)[1:]))
+    weights = count(denoiser)
+    ema = 4 * weights if options["student"].get("ema") else 0
+    gigabytes = (16 * (2 * weights + head) + ema + 2 * weights) / shards / 1e9
+    processes = merged["trainer"].get("num_nodes", 1) * 8
+    with capsys.disabled():
+        print(f"\ndmd2/{config}: {weights / 1e6:.0f} M weights, head {head / 1e6:.0f} M, {gigabytes:.1f} GB", end=" ")
+        print(f"of weights, gradients and states on each of {processes} processes")
+    assert gigabytes < limit
+    if network == "sdxl_unet":
+        assert processes == 128
+
+
+def test_one_card_of_24_gb(repo, capsys) -> None:
+    """Weights, gradients and states; activations of one sample under checkpointing come on top."""
+    options = merge([repo / "configs/dmd2/sd15_24gb.yaml"], []).config["model"]["init_args"]
+    assert options["base_precision"] == "bf16" and options["gradient_checkpointing"]
+    denoiser = built_on_meta("sd15_unet", DDPM())
+    base = count(denoiser)
+    _, student, _ = roles(denoiser, ("student", "fake"), options["lora_rank"], torch.bfloat16)
+    adapter = sum(p.numel() for n, p in student.named_parameters() if student.owns(n))
+    with torch.device("meta"):
+        head = count(Discriminator(*middle(denoiser)[1:]))
+    text_and_vae = 123_060_480 + 83_653_863  # float32
+    gigabytes = (2 * base + 16 * (2 * adapter + head) + 4 * adapter + 4 * text_and_vae) / 1e9
+    with capsys.disabled():
+        print(f"\ndmd2/sd15_24gb: adapters of {adapter / 1e6:.1f} M, {gigabytes:.1f} GB without activations")
+    assert count(denoiser) == base + 2 * adapter and gigabytes < 6
 
 
 # ---- processes and kills ---------------------------------------------------------------------------------------------

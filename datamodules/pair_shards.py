@@ -57,7 +57,7 @@ class BatchWriter(ShardWriter):
         """
         self._take(keys[0])
         stream = io.BytesIO()
-        np.save(stream, arrays)
+        np.save(stream, np.ascontiguousarray(arrays))  # in any other order a row would not be one piece
         data, row_bytes = stream.getvalue(), arrays[0].nbytes
         texts = [json.dumps(meta, ensure_ascii=False, separators=(",", ":")).encode() for meta in metas]
         start = self._member(f"{keys[0]}.npy", data) + len(data) - arrays.nbytes

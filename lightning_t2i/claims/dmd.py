@@ -11,7 +11,8 @@ against the test pictures, in features of the metric network. Arms of DMD have e
 r = 5 costs 5/9 of one with r = 1, so those arms have 9/5 of the steps: equal cost, and .36 of the student's updates.
 
 `no-regression` is also DMD2 with r = 1: the classes are equal there (tests/lightning_modules/test_dmd2.py). The sweep
-of guidance is about the real estimate of such students; pairs at other scales would be other data.
+of guidance is about the real estimate of such students; pairs at other scales would be other data. Claim 4 is figure 3,
+see dmd_toy.py.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import statistics
 from dataclasses import replace
 from typing import Any
 
+from lightning_t2i.claims import dmd_toy
 from lightning_t2i.claims.spec import Arm, Cell, Claim, Matrix, Measured
 from lightning_t2i.claims.training import RUN, fit, measure
 from lightning_t2i.cli.restore import trained
@@ -116,6 +118,7 @@ def matrix(quick: bool = False) -> Matrix:
         *student("r-5", longer, 0.35, "dmd2", gan_weight=0.0),
         *student("early-r-5", longer, 0.35, "dmd2", gan_weight=0.0),
         *student("early-gan", longer, 0.6, "dmd2"),
+        *dmd_toy.arms(*([steps] if quick else [])),
     )
 
     def claim(id: str, text: str, arm: str, baseline: str, metric: str, threshold: float | None = None) -> Claim:
@@ -130,6 +133,7 @@ def matrix(quick: bool = False) -> Matrix:
         claim("2-recall", "Without regression modes are lost.", "full", "no-regression", "recall"),
         claim("3-sigma", "DMD's weight is no worse than DreamFusion's.", "full", "sigma", "fd"),
         claim("3-sigma3", "DMD's weight is no worse than ProlificDreamer's.", "full", "sigma3", "fd"),
+        *dmd_toy.CLAIMS,
         claim("5-swing", "Five updates of the fake network calm the student.", "r-5", "no-regression", "swing"),
         claim("5-r-5", "With five updates no regression is needed.", "r-5", "full", "fd"),
         claim("5-gan", "Real pictures help where the teacher is poor.", "early-gan", "early-r-5", "fd"),
@@ -139,4 +143,4 @@ def matrix(quick: bool = False) -> Matrix:
         claim("6-low", "Moderate guidance has a better distance than none.", "no-regression", "guidance-1", "fd"),
         claim("6-high", "Moderate guidance has a better distance than 8.", "no-regression", "guidance-8", "fd"),
     )
-    return Matrix("dmd", arms, claims, data=("shapes", "assets/tiny/pairs"), quick=quick)
+    return Matrix("dmd", arms, claims, data=("shapes", "assets/tiny/pairs", dmd_toy.PAIRS), quick=quick)

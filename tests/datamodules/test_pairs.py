@@ -22,6 +22,7 @@ from datamodules.pair_prompts import PairPrompts, array_part
 from datamodules.pair_shards import PairFolder
 from datamodules.pairs import Pairs
 from datamodules.prompts import Prompts
+from datamodules.records import Shards
 from datamodules.streams import Streams
 from lightning_modules.teacher import Teacher
 from lightning_t2i.cli.main import main
@@ -375,6 +376,20 @@ def test_empty_prompts_are_refused(tmp_path, pipeline, make_data_set) -> None:
     folder = make_data_set(n=10, captions=lambda i: {"en": [" " if i == 7 else "red"]})
     with pytest.raises(UserError, match="A pair needs its prompt[\\s\\S]*k0007"):
         run(teacher(pipeline), stream(str(folder), tmp_path / "b"))
+
+
+def test_a_pair_is_read_as_it_was_whatever_the_order_of_the_batch_in_memory(tmp_path) -> None:
+    """The noise of small shapes lies in memory by columns, and so does what is computed from it."""
+    x0 = torch.arange(12.0).view(3, 4).T[:, :, None, None]
+    assert not x0.is_contiguous()
+    folder = PairFolder(tmp_path, "train", 1, {"x0": "image"}, "none")
+    shard = folder.begin(0, {"shape": [3, 1, 1], "noise": "none"})
+    shard.write(range(4), x0, [{"caption": {"en": ["a"]}, "noise_seed": i} for i in range(4)])
+    shard.close()
+    assert folder.join()
+    stored = Shards(tmp_path, "train")
+    rows = [np.frombuffer(stored.data(i), "<f2").tolist() for i in range(4)]
+    assert rows == [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]]
 
 
 def test_values_beyond_float16_are_refused(tmp_path) -> None:

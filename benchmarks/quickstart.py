@@ -55,7 +55,7 @@ def result(run: Path, machine: str) -> dict[str, Any]:
         "cores": env["hardware"]["cpus"],
         "threads": env["hardware"]["threads"],
         "versions": {name: env["versions"][name] for name in PACKAGES},
-        "command": env["starts"][-1]["command"],
+        "command": env["starts"][-1]["command"].replace(f"{ROOT}/", ""),
         "date": env["starts"][-1]["time"][:10],
         "commit": env["git"]["commit"][:7] + (" with changes" if env["git"]["changed"] else ""),
         "note": f"{cost['steps']} training steps and the comparison took {duration(cost['seconds'])}.",

@@ -118,7 +118,7 @@ def matrix(quick: bool = False) -> Matrix:
         *student("r-5", longer, 0.35, "dmd2", gan_weight=0.0),
         *student("early-r-5", longer, 0.35, "dmd2", gan_weight=0.0),
         *student("early-gan", longer, 0.6, "dmd2"),
-        *dmd_toy.arms(*([steps] if quick else [])),
+        *(replace(arm, name=f"toy-{arm.name}") for arm in dmd_toy.arms(*([steps] if quick else []))),
     )
 
     def claim(id: str, text: str, arm: str, baseline: str, metric: str, threshold: float | None = None) -> Claim:
@@ -133,7 +133,7 @@ def matrix(quick: bool = False) -> Matrix:
         claim("2-recall", "Without regression modes are lost.", "full", "no-regression", "recall"),
         claim("3-sigma", "DMD's weight is no worse than DreamFusion's.", "full", "sigma", "fd"),
         claim("3-sigma3", "DMD's weight is no worse than ProlificDreamer's.", "full", "sigma3", "fd"),
-        *dmd_toy.CLAIMS,
+        *(replace(c, arm=f"toy-{c.arm}", baseline=c.baseline and f"toy-{c.baseline}") for c in dmd_toy.CLAIMS),
         claim("5-swing", "Five updates of the fake network calm the student.", "r-5", "no-regression", "swing"),
         claim("5-r-5", "With five updates no regression is needed.", "r-5", "full", "fd"),
         claim("5-gan", "Real pictures help where the teacher is poor.", "early-gan", "early-r-5", "fd"),

@@ -217,7 +217,8 @@ class Denoiser(Predictor):
 
         for name in layers:
             if name not in modules:
-                raise UserError("No such layer in the backbone", where="layers", given=name, allowed=modules)
+                outer = [child for child, _ in self.backbone.named_children()]
+                raise UserError("No such layer in the backbone", where="layers", given=name, allowed=outer)
         handles = [modules[name].register_forward_hook(keep(name)) for name in layers]
         try:
             return self.predict(x_t, t, cond), kept

@@ -43,6 +43,8 @@ def _stage(convolution: nn.Conv2d) -> list[nn.Module]:
 def middle(denoiser: Denoiser) -> tuple[str, int, int]:
     """(name of the module, channels, side) of the features between the two halves of a U-Net.
 
+    Without a block in the middle they are those of the last block on the way down.
+
     Raises:
         UserError: a backbone without a middle.
     """
@@ -54,4 +56,5 @@ def middle(denoiser: Denoiser) -> tuple[str, int, int]:
         what, given = "A discriminator needs a U-Net, whose middle features it reads", type(denoiser.backbone).__name__
         raise UserError(what, where="model.teacher", given=given, allowed="UNet2DModel, UNet2DConditionModel, EDM")
     widths = facts.block_out_channels
-    return "mid_block", widths[-1], facts.sample_size >> (len(widths) - 1)
+    name = "mid_block" if denoiser.backbone.mid_block is not None else f"down_blocks.{len(widths) - 1}"
+    return name, widths[-1], facts.sample_size >> (len(widths) - 1)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_networks import backbone, condition
+from tiny_networks import backbone
 from torch import nn
 
+from lightning_t2i.batch import Cond
 from lightning_t2i.networks.denoiser import Denoiser
 from lightning_t2i.networks.discriminator import Discriminator, middle
 from lightning_t2i.networks.load import build_network
@@ -49,12 +50,18 @@ def test_the_middle_of_the_papers_networks(network, process, found) -> None:
     assert middle(denoiser) == found and found[0] in dict(denoiser.backbone.named_modules())
 
 
-@pytest.mark.parametrize("kind", ["unet", "unet_text"])
+@pytest.mark.parametrize("kind", ["unet", "unet_text", "without"])
 def test_the_middle_has_the_named_shape(kind) -> None:
-    denoiser = Denoiser(backbone(kind), DDPM(), "eps")
+    if kind == "without":  # a block in the middle
+        network = build_network("configs/networks/tiny_sd_unet.json")
+        assert network.mid_block is None
+    else:
+        network = backbone(kind)
+    denoiser = Denoiser(network, DDPM(), "eps")
     name, channels, side = middle(denoiser)
 
-    cond = condition() if kind == "unet_text" else None
+    width = network.config.get("cross_attention_dim")
+    cond = Cond(embeds=torch.zeros(2, 5, width)) if width else None
     with torch.no_grad():
         _, features = denoiser.features(torch.zeros(2, 4, 8, 8), 5, cond, [name])
     assert features[name].shape == (2, channels, side, side)

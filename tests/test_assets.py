@@ -211,9 +211,11 @@ def test_stock_ddpm_gives_our_pictures():
 
     pipeline = DDIMPipeline.from_pretrained(TINY / "ddpm", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    theirs = pipeline(2, torch.Generator().manual_seed(3), num_inference_steps=10, output_type="np").images
+    draw = {"num_inference_steps": 10, "use_clipped_model_output": True, "output_type": "np"}
+    theirs = pipeline(2, torch.Generator().manual_seed(3), **draw).images
     z = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     ours = pixels("ddpm", z, None, 10, "ddim")
+    assert pipeline.scheduler.config.clip_sample
     torch.testing.assert_close(ours, torch.from_numpy(theirs).permute(0, 3, 1, 2), atol=2e-3, rtol=0)
 
 

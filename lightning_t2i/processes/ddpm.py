@@ -52,6 +52,7 @@ class DDPM(Process):
         steps: T.
         zero_terminal_snr: rescale so that x_{T-1} is pure noise; only v and x0 predictions are defined there.
         trained_betas: explicit betas [T], instead of a schedule.
+        clip: bound of x0 estimates while sampling, for models of pictures; null leaves them as they are.
     """
 
     name = "ddpm"
@@ -66,11 +67,12 @@ class DDPM(Process):
         steps: int = 1000,
         zero_terminal_snr: bool = False,
         trained_betas: list[float] | None = None,
+        clip: float | None = None,
     ):
         if trained_betas is None and schedule not in SCHEDULES:
             raise UserError("Unknown noise schedule", where="schedule", given=schedule, allowed=SCHEDULES)
         self.schedule, self.beta_start, self.beta_end, self.steps = schedule, beta_start, beta_end, steps
-        self.zero_terminal_snr, self.trained_betas = zero_terminal_snr, trained_betas
+        self.zero_terminal_snr, self.trained_betas, self.clip = zero_terminal_snr, trained_betas, clip
         self.t_max = steps - 1
         if trained_betas is None:
             betas = _betas(schedule, beta_start, beta_end, steps)
@@ -150,4 +152,5 @@ class DDPM(Process):
             "steps": self.steps,
             "zero_terminal_snr": self.zero_terminal_snr,
             "trained_betas": self.trained_betas,
+            **({} if self.clip is None else {"clip": self.clip}),  # a fact of its own only where it is one
         }

@@ -4,8 +4,8 @@
     heun           x_s = x + (s - t) (d(x, t) + d(x', s)) / 2, x' the Euler step        arXiv 2206.00364, algorithm 1
     dpmpp_2m       x_s = step(x, t, s, (1 + 1/2r) x0 - 1/2r x0_before)                  arXiv 2211.01095, algorithm 2
 
-They give what diffusers' DDIM (trailing spacing, set_alpha_to_one, no clipping), FlowMatchEuler, EDMEuler and
-DPMSolverMultistep schedulers give.
+They give what diffusers' DDIM (trailing spacing, set_alpha_to_one, use_clipped_model_output), FlowMatchEuler, EDMEuler
+and DPMSolverMultistep schedulers give.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from lightning_t2i.batch import Cond
 from lightning_t2i.errors import UserError
 from lightning_t2i.processes.base import ContinuousProcess, Process
+from lightning_t2i.processes.ddpm import DDPM
 from lightning_t2i.processes.guidance import guided
 
 if TYPE_CHECKING:
@@ -94,8 +95,10 @@ def sample(
 ) -> Tensor:
     """Latents [B, C, h, w] from unit Gaussian noise z of that shape, with classifier-free guidance at `scale`."""
     process = denoiser.process
+    clip = process.clip if isinstance(process, DDPM) else None
 
     def x0(x: Tensor, t: Tensor) -> Tensor:
-        return guided(denoiser.x0, x, t, cond, scale)
+        estimate = guided(denoiser.x0, x, t, cond, scale)
+        return estimate if clip is None else estimate.clamp(-clip, clip)
 
     return solve(x0, process, process.initial(z), process.timesteps(steps, z.device), solver, eta, noise)

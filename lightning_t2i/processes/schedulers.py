@@ -61,6 +61,7 @@ def from_scheduler(source: Any) -> tuple[Process, str]:
         steps=config.get("num_train_timesteps", 1000),
         zero_terminal_snr=config.get("rescale_betas_zero_snr", False),
         trained_betas=config.get("trained_betas"),
+        clip=config.get("clip_sample_range", 1.0) if config.get("clip_sample") else None,
     )
     given = config.get("prediction_type", "epsilon")
     if given not in _FROM_DIFFUSERS:
@@ -71,8 +72,8 @@ def from_scheduler(source: Any) -> tuple[Process, str]:
 def to_scheduler(process: Process, prediction: str, sigma_data: float = 0.5) -> SchedulerMixin:
     """A diffusers scheduler whose default settings sample the way this repository does.
 
-    DDPM gives DDIMScheduler with trailing spacing, set_alpha_to_one and no clipping: with Stable Diffusion's default
-    (leading spacing) a one-step student would be called at t = 1.
+    DDPM gives DDIMScheduler with trailing spacing and set_alpha_to_one: with Stable Diffusion's default (leading
+    spacing) a one-step student would be called at t = 1. One that clips is stepped with `use_clipped_model_output`.
 
     Raises:
         UserError: a prediction that no diffusers scheduler of this process takes; convert the network first.
@@ -90,7 +91,8 @@ def to_scheduler(process: Process, prediction: str, sigma_data: float = 0.5) -> 
             prediction_type=_TO_DIFFUSERS[prediction],
             timestep_spacing="trailing",
             set_alpha_to_one=True,
-            clip_sample=False,
+            clip_sample=process.clip is not None,
+            clip_sample_range=process.clip or 1.0,
             steps_offset=1,  # unused by trailing spacing; StableDiffusionPipeline warns about any other value
         )
     if isinstance(process, RectifiedFlow) and prediction == "velocity":

@@ -67,6 +67,12 @@ def trained(folder: Path, method: DMD2, streams: Streams, steps: int = 2, **opti
     return method
 
 
+def named(value) -> str:
+    """An id that is the same in every process."""
+    text = str(value) if not isinstance(value, dict) else "-".join(value)
+    return text.replace(" ", "-")
+
+
 def batches_of(streams: Streams, count: int, size: int = 4) -> list[Batch]:
     streams.prepare_data()
     streams.setup("fit")
@@ -453,7 +459,7 @@ def usual(losses) -> list[tuple]:
         {"guidance": 1.5},
         {"student": update(every=2)},
     ],
-    ids=str,
+    ids=named,
 )
 def test_every_option_changes_the_training(losses, usual, options) -> None:
     found = losses(**options)
@@ -474,7 +480,7 @@ def test_every_option_changes_the_training(losses, usual, options) -> None:
         ({"discriminator_weight": -1.0}, "negative"),
         ({"fake": update(every=2)}, "every training step"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_impossible_options_are_refused_at_once(options, message) -> None:
     with pytest.raises(UserError, match=message):

@@ -136,14 +136,20 @@ def pixels(name: str) -> torch.nn.Module:
     return shaken(build_network(f"configs/networks/tiny_{name}_unet.json")).eval()
 
 
-def test_unconditional_ddpm(tmp_path):
-    denoiser, codec = Denoiser(pixels("ddpm"), DDPM("linear", 0.0001, 0.02), "eps"), LatentCodec()
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_unconditional_ddpm(tmp_path, clip):
+    process = DDPM("linear", 0.0001, 0.02, clip=clip)
+    denoiser, codec = Denoiser(pixels("ddpm"), process, "eps"), LatentCodec()
     written(tmp_path / "out", denoiser, codec, None)
     pipeline = loaded(tmp_path / "out", diffusers.DDIMPipeline)
-    theirs = pipeline(2, torch.Generator().manual_seed(3), num_inference_steps=5, output_type="np").images
+    draw = {"num_inference_steps": 5, "use_clipped_model_output": True, "output_type": "np"}
+    theirs = pipeline(2, torch.Generator().manual_seed(3), **draw).images
     z = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     ours = sample(denoiser, z, None, 5)
     torch.testing.assert_close(shown(ours), torch.from_numpy(theirs).permute(0, 3, 1, 2), atol=2e-3, rtol=0)
+    assert Denoiser.from_pretrained(str(tmp_path / "out")).process == process
+    unclipped = sample(Denoiser(denoiser.backbone, DDPM("linear", 0.0001, 0.02), "eps"), z, None, 5)
+    assert torch.equal(ours, unclipped) == (clip is None)
 
 
 def test_class_conditional_edm(tmp_path):

@@ -41,6 +41,7 @@ from lightning_t2i.networks.denoiser import Denoiser, Predictor
 from lightning_t2i.networks.discriminator import Discriminator, middle
 from lightning_t2i.options import GroupOptions
 from lightning_t2i.schedules import Stepwise, value_at, values_of
+from lightning_t2i.strategies.sharding import unsharded
 
 REAL_FIX = "data.real: a stream of pictures, as data.main of configs/data/shapes.yaml"
 
@@ -189,7 +190,8 @@ class DMD2(DMD):
             _, features = self.fake.features(self.process.add_noise(x, eps, t), t, cond, [self.layer])
             loss = softplus(-self.discriminator(features[self.layer])).mean()
         self.note(**{"student/adversarial": loss})
-        return torch.autograd.grad(loss, x)[0]
+        with unsharded(self.fake):
+            return torch.autograd.grad(loss, x)[0]
 
     def guidance_loss(self, x: Tensor, cond: Cond | None, places: Tensor, reals: Records) -> Tensor:
         """L_fake of samples x [B, C, h, w] without gradient and of real records: a scalar."""

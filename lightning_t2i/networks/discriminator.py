@@ -33,7 +33,8 @@ class Discriminator(nn.Module):
         self.layers = nn.Sequential(*stages, nn.Conv2d(channels, 1, 1))
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.layers(features.to(self.layers[-1].weight.dtype)).flatten()
+        logits = self.layers(features.to(self.layers[-1].weight.dtype))
+        return logits.sum((1, 2, 3))  # of one value each; FSDP2 wants no views
 
 
 def _stage(convolution: nn.Conv2d) -> list[nn.Module]:

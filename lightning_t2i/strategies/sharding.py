@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -68,6 +69,20 @@ def shard_frozen(network: nn.Module, mesh: DeviceMesh, precision: str = "fp32") 
     size = sum(p.numel() * p.element_size() for p in network.parameters())
     if size >= REPLICATE_BELOW_BYTES:
         shard_network(network, mesh["shard"], precision)
+
+
+@contextmanager
+def unsharded(network: nn.Module) -> Iterator[None]:
+    """Keeps the weights of the roots whole: for a backward pass that begins inside a network, not at its output.
+
+    FSDP2 gathers a root's weights when a gradient comes to its output. The weights of blocks come by themselves.
+    """
+    sharded = [root for root in roots(network) if isinstance(root, FSDPModule)]
+    for root in sharded:
+        root.unshard()
+    yield
+    for root in sharded:
+        root.reshard()
 
 
 def set_gradient_sync(network: nn.Module, enabled: bool) -> None:

@@ -65,7 +65,7 @@ def test_missing_data_are_named() -> None:
 
 def test_every_name_builds_or_says_what_it_lacks(tmp_path: Path) -> None:
     options = ScorerOptions(classifier=str(tmp_path / "nothing"), inception=str(tmp_path / "nothing.pth"))
-    lacking = {"fd": "Inception", "kd": "Inception", "clip_score": "needs a CLIP"}
+    lacking = {"fd": "Inception", "kd": "Inception", "recall": "Inception", "clip_score": "needs a CLIP"}
     for name in SCORERS.keys() - lacking.keys():
         assert build_scorer(name, options, "val").metric.name.startswith(name)
     for name, message in lacking.items():

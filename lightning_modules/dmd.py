@@ -85,9 +85,8 @@ def matching_loss(x: Tensor, g: Tensor) -> Tensor:
     return 0.5 * (x - (x - g).detach()).square().mean()
 
 
-def denoising_loss(network: Predictor, prediction: Tensor, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+def denoising_loss(network: Predictor, prediction: Tensor, x_t: Tensor, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """L_fake of clean x and noise eps [B, C, h, w] at t [B], from the network's prediction at x_t: a scalar."""
-    x_t = network.process.add_noise(x, eps, t)
     if not isinstance(network.process, EDM):
         return (network.convert(prediction, x_t, t, "eps") - eps).square().mean()
     weight = t.double() ** -2 + network.sigma_data**-2
@@ -233,12 +232,16 @@ class DMD(MethodModule):
         first, last = round(low * levels), min(round(high * levels), levels - 1)
         return Karras(count=levels, low=first, high=last + 1) if edm else Uniform(low=first, high=last + 1)
 
+    def noised(self, x: Tensor, places: Tensor, name: str, *shares: float) -> tuple[Tensor, Tensor, Tensor]:
+        """(x_t, eps, t) of x [B, C, h, w] with the draws called `name`; shares of T as in `times`."""
+        t = self.times(*shares)(self.process, self.keys, places, f"{name}_t")
+        eps = self.keys.normal(f"{name}_eps", places, self.shape)
+        return self.process.add_noise(x, eps, t), eps, t
+
     @torch.no_grad()
     def matching(self, x: Tensor, cond: Cond | None, places: Tensor) -> Tensor:
         """g at x [B, C, h, w], which has no gradient."""
-        law = self.times(self.t_min, value_at(self.t_max, self.counters.step))
-        t = law(self.process, self.keys, places, "matching_t")
-        x_t = self.process.add_noise(x, self.keys.normal("matching_eps", places, self.shape), t)
+        x_t, _, t = self.noised(x, places, "matching", self.t_min, value_at(self.t_max, self.counters.step))
         real = guided(self.teacher.x0, x_t, t, cond, self.guidance)
         fake, w = self.fake.x0(x_t, t, cond), residual(x, real)
         gap, clamped = (fake - real).abs().mean(), (w < SMALLEST).sum()
@@ -259,9 +262,8 @@ class DMD(MethodModule):
 
     def fake_loss(self, x: Tensor, cond: Cond | None, places: Tensor) -> Tensor:
         """L_fake of samples x [B, C, h, w] without gradient: a scalar."""
-        t = self.times()(self.process, self.keys, places, "fake_t")
-        eps = self.keys.normal("fake_eps", places, self.shape)
-        return denoising_loss(self.fake, self.fake(self.process.add_noise(x, eps, t), t, cond), x, eps, t)
+        x_t, eps, t = self.noised(x, places, "fake")
+        return denoising_loss(self.fake, self.fake(x_t, t, cond), x_t, x, eps, t)
 
     def forward_units(self) -> dict[str, float]:
         """Forward passes of a training step: a gradient costs two more, a guided estimate one more."""

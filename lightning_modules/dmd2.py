@@ -24,6 +24,7 @@ its first half is needed.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -41,6 +42,7 @@ from lightning_t2i.networks.denoiser import Denoiser, Predictor
 from lightning_t2i.networks.discriminator import Discriminator, middle
 from lightning_t2i.options import GroupOptions
 from lightning_t2i.schedules import Stepwise, value_at, values_of
+from lightning_t2i.strategies.fsdp2 import mesh_of
 from lightning_t2i.strategies.sharding import unsharded
 
 REAL_FIX = "data.real: a stream of pictures, as data.main of configs/data/shapes.yaml"
@@ -106,10 +108,12 @@ class DMD2(DMD):
 
     def copies(self, pipeline: Pipeline) -> list[Denoiser]:
         if self.student_from is not None:
-            student = Pipeline.load(self.student_from).trainable(self.gradient_checkpointing)
-            return [student, *super().copies(pipeline)[1:]]
+            begun = replace(pipeline, denoiser=Denoiser.from_pretrained(self.student_from))
+            return [p.trainable(self.gradient_checkpointing) for p in (begun, pipeline)]
         if self.lora_rank is None:
             return super().copies(pipeline)
+        if mesh_of(self) is not None:
+            raise UserError("Adapters of one backbone are not sharded", where="trainer.strategy", fix="strategy: auto")
         dtype = torch.bfloat16 if self.base_precision == "bf16" else None
         networks = roles(pipeline.denoiser, ("student", "fake"), self.lora_rank, dtype, self.gradient_checkpointing)
         pipeline.denoiser = networks[0]
@@ -183,11 +187,10 @@ class DMD2(DMD):
 
     def adversarial_gradient(self, x: Tensor, cond: Cond | None, places: Tensor) -> Tensor:
         """The gradient of mean softplus(-D(x_t)) at x [B, C, h, w], without any of fake and D."""
-        t = self.times()(self.process, self.keys, places, "gan_t")
-        eps = self.keys.normal("gan_eps", places, self.shape)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            _, features = self.fake.features(self.process.add_noise(x, eps, t), t, cond, [self.layer])
+            x_t, _, t = self.noised(x, places, "gan")
+            _, features = self.fake.features(x_t, t, cond, [self.layer])
             loss = softplus(-self.discriminator(features[self.layer])).mean()
         self.note(**{"student/adversarial": loss})
         with unsharded(self.fake):
@@ -197,18 +200,17 @@ class DMD2(DMD):
         """L_fake of samples x [B, C, h, w] without gradient and of real records: a scalar."""
         if self.classes and reals.label is None:
             raise UserError("Real pictures of a class-conditional teacher need labels", where="data.real")
-        law, parts = self.times(), ((places, "fake"), (reals.position, "real"))
-        t = torch.cat([law(self.process, self.keys, p, f"{name}_t") for p, name in parts])
-        eps = torch.cat([self.keys.normal(f"{name}_eps", p, self.shape) for p, name in parts])
-        clean = torch.cat([x, self.codec.latents(reals)])
+        x_t, eps, t = self.noised(x, places, "fake")
+        real_t, _, real_times = self.noised(self.codec.latents(reals), reals.position, "real")
         both = cond.cat(self.condition(reals)) if cond is not None else None
-        prediction, features = self.fake.features(self.process.add_noise(clean, eps, t), t, both, [self.layer])
+        rows, times = torch.cat([x_t, real_t]), torch.cat([t, real_times])
+        prediction, features = self.fake.features(rows, times, both, [self.layer])
         logits, n = self.discriminator(features[self.layer]).float(), len(x)
         ours, theirs = logits[:n], logits[n:]
         right = {"fake": ours < 0, "real": theirs > 0}
         self.note(**{f"discriminator/{name}": rows.float().mean() for name, rows in right.items()})
         adversarial = softplus(ours).mean() + softplus(-theirs).mean()
-        return denoising_loss(self.fake, prediction[:n], x, eps[:n], t[:n]) + self.discriminator_weight * adversarial
+        return denoising_loss(self.fake, prediction[:n], x_t, x, eps, t) + self.discriminator_weight * adversarial
 
     def forward_units(self) -> dict[str, float]:
         """DMD's, and those of steps before the student's, of real rows and of the discriminator's passes."""

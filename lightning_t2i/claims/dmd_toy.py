@@ -71,9 +71,7 @@ class RealScoreOnly(DMD):
     @torch.no_grad()
     def matching(self, x: Tensor, cond: Cond | None, places: Tensor) -> Tensor:
         """g at x [B, C, h, w], which has no gradient."""
-        law = self.times(self.t_min, value_at(self.t_max, self.counters.step))
-        t = law(self.process, self.keys, places, "matching_t")
-        x_t = self.process.add_noise(x, self.keys.normal("matching_eps", places, self.shape), t)
+        x_t, _, t = self.noised(x, places, "matching", self.t_min, value_at(self.t_max, self.counters.step))
         real = guided(self.teacher.x0, x_t, t, cond, self.guidance)
         return matching_gradient(x, real, x, *self.process.alpha_sigma(t, torch.float64), self.dm_weight)
 

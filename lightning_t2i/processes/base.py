@@ -28,6 +28,7 @@ class Process(ABC):
     data_time: float
     discrete: ClassVar[bool] = False
     initial_scale: float = 1.0
+    clip: float | None = None  # bound of x0 estimates while sampling
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

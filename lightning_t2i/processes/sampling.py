@@ -20,7 +20,6 @@ from torch import Tensor
 from lightning_t2i.batch import Cond
 from lightning_t2i.errors import UserError
 from lightning_t2i.processes.base import ContinuousProcess, Process
-from lightning_t2i.processes.ddpm import DDPM
 from lightning_t2i.processes.guidance import guided
 
 if TYPE_CHECKING:
@@ -95,10 +94,9 @@ def sample(
 ) -> Tensor:
     """Latents [B, C, h, w] from unit Gaussian noise z of that shape, with classifier-free guidance at `scale`."""
     process = denoiser.process
-    clip = process.clip if isinstance(process, DDPM) else None
 
     def x0(x: Tensor, t: Tensor) -> Tensor:
         estimate = guided(denoiser.x0, x, t, cond, scale)
-        return estimate if clip is None else estimate.clamp(-clip, clip)
+        return estimate if process.clip is None else estimate.clamp(-process.clip, process.clip)
 
     return solve(x0, process, process.initial(z), process.timesteps(steps, z.device), solver, eta, noise)

@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 from closed_forms import Gaussian
-from distilling import LR, edm_folder, heard, same, states, update, words_file
+from distilling import LR, edm_folder, heard, same, states, update
 from kills import what_a_kill_changes
 from pictures import fit
 from safetensors.torch import save_file
@@ -149,7 +149,8 @@ def test_P5_the_fake_loss_is_least_at_the_exact_denoiser(process) -> None:
 
     def loss(**errors: float) -> float:
         network = Exact(data, process, **errors)
-        return float(denoising_loss(network, network(process.add_noise(x, eps, t), t), x, eps, t).detach())
+        x_t = process.add_noise(x, eps, t)
+        return float(denoising_loss(network, network(x_t, t), x_t, x, eps, t).detach())
 
     exact = loss()
     assert all(loss(**e) > exact for e in ({"shift": 0.02}, {"shift": -0.02}, {"gain": 1.03}, {"gain": 0.97}))
@@ -170,9 +171,10 @@ def test_P5_edms_weight_is_that_of_its_preconditioned_network() -> None:
 
     network = Preconditioned(EDM(), "edm")
     x, eps = numbers(1000, 8), numbers(1000, 8, seed=1)
-    prediction = network.predict(network.process.add_noise(x, eps, s), s)
+    x_t = network.process.add_noise(x, eps, s)
+    prediction = network.predict(x_t, s)
     plain = (prediction - network.target(x, eps, s)).square().mean()
-    torch.testing.assert_close(denoising_loss(network, prediction, x, eps, s), plain)
+    torch.testing.assert_close(denoising_loss(network, prediction, x_t, x, eps, s), plain)
 
 
 def test_P6_pairs_of_a_gaussian_teacher_are_on_its_trajectories() -> None:
@@ -241,11 +243,6 @@ def test_P10_a_zero_denominator_gives_a_finite_g_and_is_counted() -> None:
 # ---- tiny networks ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory) -> str:
-    return words_file(tmp_path_factory.mktemp("prompts"))
-
-
 def make_pairs(source: str, prompts: str, folder: Path, **options) -> str:
     job = PairPrompts(prompts, str(folder), batch_size=8, samples_per_shard=16)
     trainer = L.Trainer(
@@ -254,16 +251,6 @@ def make_pairs(source: str, prompts: str, folder: Path, **options) -> str:
     )  # fmt: skip
     trainer.predict(Teacher(source, steps=2, **options), datamodule=Streams(predict=job), return_predictions=False)
     return str(folder)
-
-
-@pytest.fixture(scope="module")
-def sd(tmp_path_factory) -> str:
-    return str(pipeline_folder(tmp_path_factory.mktemp("sd")))
-
-
-@pytest.fixture(scope="module")
-def edm(tmp_path_factory) -> str:
-    return edm_folder(tmp_path_factory.mktemp("edm"), classes=10)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distilling import edm_folder, heard, same, states, update, words_file
+from distilling import heard, same, states, update
 from kills import what_a_kill_changes
 from pictures import PictureStream, fit
 from tiny_networks import pipeline_folder
@@ -36,21 +36,6 @@ from lightning_t2i.protocols import Exports, Generates
 SHAPE = (4, 8, 8)
 LR = 0.05
 TIMES = [999.0, 749.0, 499.0]
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory) -> str:
-    return words_file(tmp_path_factory.mktemp("prompts"))
-
-
-@pytest.fixture(scope="module")
-def sd(tmp_path_factory) -> str:
-    return str(pipeline_folder(tmp_path_factory.mktemp("sd")))
-
-
-@pytest.fixture(scope="module")
-def edm(tmp_path_factory) -> str:
-    return edm_folder(tmp_path_factory.mktemp("edm"), classes=10)
 
 
 def data(prompts: str, real: PictureStream | None = None, size: int = 4) -> Streams:
@@ -420,6 +405,12 @@ def test_an_adapter_is_exported_within_its_weights(tmp_path, sd, prompts) -> Non
         theirs, ours = unet(z, 999, cond.embeds).sample, method.student(z, 999, cond)
         assert float((ours - method.teacher(z, 999, cond)).abs().mean()) > 0.01
     torch.testing.assert_close(theirs, ours, atol=0.05, rtol=0.02)  # the weights are written in fp16
+
+
+def test_adapters_are_refused_where_networks_are_sharded(sd, monkeypatch) -> None:
+    monkeypatch.setattr("lightning_modules.dmd2.mesh_of", lambda method: "a mesh")
+    with pytest.raises(UserError, match="not sharded"):
+        method_of(sd, lora_rank=2).configure_model()
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------

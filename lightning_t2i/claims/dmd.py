@@ -1,9 +1,10 @@
 """Claims about DMD and DMD2 (arXiv 2311.18828, tables 2 and 3, section 4.2; arXiv 2405.14867, sections 4.1 to 4.3).
 
     arm                          seeds   cost of a cell on one free core
-    full and its ablations       3       training steps of `STEPS`, see `matrix`
+    full and its ablations       3       300 training steps, or 540 of DMD2 with r = 5
     teacher-25, teacher-1        3       420 pictures
     measures of students         3       420 pictures in one step
+    the toy of figure 3          3       1,200 training steps
 
 All students start from assets/tiny/sd, see its pairs and the same prompts, and are measured on 420 test prompts with
 the noise of their seed: share of pictures that are as their prompt says (shapes score), Fréchet distance and recall
@@ -13,6 +14,10 @@ r = 5 costs 5/9 of one with r = 1, so those arms have 9/5 of the steps: equal co
 `no-regression` is also DMD2 with r = 1: the classes are equal there (tests/lightning_modules/test_dmd2.py). The sweep
 of guidance is about the real estimate of such students; pairs at other scales would be other data. Claim 4 is figure 3,
 see dmd_toy.py.
+
+Thresholds: 0 is the direction that the papers report. Those of `1-share`, `1-one-step` and `5-r-5` were set after a
+pilot (seed 100, teachers and `full` alone: share .43, distances 39.7 of teacher-1 and 4.86 of the student); the aims
+are this repository's.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ from typing import Any
 from lightning_t2i.claims import dmd_toy
 from lightning_t2i.claims.spec import Arm, Cell, Claim, Matrix, Measured
 from lightning_t2i.claims.training import RUN, fit, measure
-from lightning_t2i.cli.restore import trained
+from lightning_t2i.cli.restore import constructed, trained
 from lightning_t2i.paths import resolve
 
 TEACHER, EARLY, GUIDANCE = "assets/tiny/sd", "unet_early", 4.5
@@ -56,6 +61,22 @@ def distilled(cell: Cell) -> Measured:
     return Measured({**found.numbers, "swing": swing}, found.scores, found.prompts)
 
 
+def untrained(cell: Cell) -> Measured:
+    """The metrics of a student's pictures before its first training step."""
+    method = constructed(resolve(cell.options["config"]))
+    method.configure_model()
+    return measure(method.eval(), cell.options["split"], cell.options["n"], cell.seed, cell.options["metrics"])
+
+
+def shares(cell: Cell) -> Measured:
+    """A student's score as a share of its teacher's, and its distance as a multiple of the teacher's."""
+    student, teacher = (cell.measured(cell.options[name]) for name in ("student", "teacher"))
+    return Measured({
+        "score_share": student.of("shapes_score") / teacher.of("shapes_score"),
+        "fd_ratio": student.of("fd") / teacher.of("fd"),
+    })  # fmt: skip
+
+
 def early(cell: Cell) -> Measured:
     """The teacher's pipeline with the U-Net that it had at a tenth of its first training."""
     folder = cell.folder / EARLY
@@ -73,7 +94,7 @@ def fit_early(cell: Cell) -> Measured:
 
 def matrix(quick: bool = False) -> Matrix:
     """The claims, or with `quick` a rehearsal of them."""
-    steps, n = (20, 48) if quick else (400, 420)
+    steps, n = (20, 48) if quick else (300, 420)
     measured = {"split": "test", "n": n, "metrics": ["shapes_score", "fd", "recall"]}
     common = {
         "trainer.limit_val_batches": 0,
@@ -85,7 +106,9 @@ def matrix(quick: bool = False) -> Matrix:
 
     def student(name: str, length: int, step_s: float, config: str = "dmd", **overrides: Any) -> tuple[Arm, Arm]:
         """A training and the measures of its student."""
-        changed = {f"model.{key}": value for key, value in overrides.items()}
+        groups = ("student", "fake", "discriminator") if config == "dmd2" else ("student", "fake")
+        totals = {f"{group}.schedule.init_args.total": length for group in groups}
+        changed = {f"model.{key}": value for key, value in {**totals, **overrides}.items()}
         options = {
             "config": f"configs/{config}/tiny.yaml",
             "overrides": {**common, "trainer.max_steps": length, **changed},
@@ -108,7 +131,9 @@ def matrix(quick: bool = False) -> Matrix:
         teacher("teacher-25", 25),
         teacher("teacher-1", 1),
         teacher("early-teacher-25", 25, early=True),
+        Arm("untrained", untrained, {**measured, "config": "configs/dmd/tiny.yaml"}, n, "picture", 0.02),
         *student("full", steps, 0.75),
+        Arm("shares", shares, {"student": "full", "teacher": "teacher-25"}, 1, "pair", 0.1, ("full", "teacher-25")),
         *student("no-regression", steps, 0.6, **plain),
         *student("regression-only", steps, 0.2, matching_weight=0.0),
         *student("sigma", steps, 0.75, dm_weight="sigma_over_alpha"),
@@ -121,26 +146,32 @@ def matrix(quick: bool = False) -> Matrix:
         *(replace(arm, name=f"toy-{arm.name}") for arm in dmd_toy.arms(*([steps] if quick else []))),
     )
 
-    def claim(id: str, text: str, arm: str, baseline: str, metric: str, threshold: float | None = None) -> Claim:
-        return Claim(id, text, arm, baseline, metric, threshold, "lower" if metric in ("fd", "swing") else "higher")
+    def claim(id: str, text: str, arm: str, baseline: str | None, metric: str, limit: float | None = None) -> Claim:
+        return Claim(
+            id, text, arm, baseline, metric, limit, "lower" if metric in ("fd", "fd_ratio", "swing") else "higher"
+        )
 
     claims = (
-        claim("1-one-step", "A student in one step beats its teacher in one.", "full", "teacher-1", "fd"),
-        claim("1-many-steps", "It comes near its teacher in 25 steps.", "full", "teacher-25", "fd"),
-        claim("1-score", "It keeps the score of its teacher in 25 steps.", "full", "teacher-25", "shapes_score"),
-        claim("2-no-regression", "The regression makes pictures better.", "full", "no-regression", "fd"),
-        claim("2-regression-only", "Matching makes pictures better.", "full", "regression-only", "fd"),
-        claim("2-recall", "Without regression modes are lost.", "full", "no-regression", "recall"),
-        claim("3-sigma", "DMD's weight is no worse than DreamFusion's.", "full", "sigma", "fd"),
-        claim("3-sigma3", "DMD's weight is no worse than ProlificDreamer's.", "full", "sigma3", "fd"),
+        claim("1-score", "What a student in one step scores.", "full", None, "shapes_score"),
+        claim("1-above-teacher", "It scores more than its teacher in one.", "full", "teacher-1", "shapes_score", 0.0),
+        claim("1-above-untrained", "And more than it did untrained.", "full", "untrained", "shapes_score", 0.0),
+        claim("1-one-step", "Its distance is far below that of its teacher in one.", "full", "teacher-1", "fd", -20.0),
+        claim("1-share", "It keeps .38 of its teacher's score in 25 steps.", "shares", None, "score_share", 0.38),
+        claim("1-share-aim", "It keeps .85 of that score, the aim.", "shares", None, "score_share", 0.85),
+        claim("1-ratio-aim", "Its distance is 1.5 times its teacher's, the aim.", "shares", None, "fd_ratio", 1.5),
+        claim("2-no-regression", "The regression makes pictures better.", "full", "no-regression", "fd", 0.0),
+        claim("2-regression-only", "Matching makes pictures better.", "full", "regression-only", "fd", 0.0),
+        claim("2-recall", "Without regression modes are lost.", "full", "no-regression", "recall", 0.0),
+        claim("3-sigma", "DMD's weight is no worse than DreamFusion's.", "full", "sigma", "fd", 0.0),
+        claim("3-sigma3", "DMD's weight is no worse than ProlificDreamer's.", "full", "sigma3", "fd", 0.0),
         *(replace(c, arm=f"toy-{c.arm}", baseline=c.baseline and f"toy-{c.baseline}") for c in dmd_toy.CLAIMS),
-        claim("5-swing", "Five updates of the fake network calm the student.", "r-5", "no-regression", "swing"),
-        claim("5-r-5", "With five updates no regression is needed.", "r-5", "full", "fd"),
-        claim("5-gan", "Real pictures help where the teacher is poor.", "early-gan", "early-r-5", "fd"),
-        claim("5-beats", "The student beats its poor teacher.", "early-gan", "early-teacher-25", "fd"),
-        claim("6-accuracy", "Guidance makes pictures more accurate.", "no-regression", "guidance-1", "shapes_score"),
-        claim("6-recall", "Strong guidance covers less than none.", "guidance-1", "guidance-8", "recall"),
-        claim("6-low", "Moderate guidance has a better distance than none.", "no-regression", "guidance-1", "fd"),
-        claim("6-high", "Moderate guidance has a better distance than 8.", "no-regression", "guidance-8", "fd"),
+        claim("5-swing", "Five updates of the fake network calm the student.", "r-5", "no-regression", "swing", 0.0),
+        claim("5-r-5", "With five no regression is needed: a distance .5 higher at most.", "r-5", "full", "fd", 0.5),
+        claim("5-gan", "Real pictures help where the teacher is poor.", "early-gan", "early-r-5", "fd", 0.0),
+        claim("5-beats", "The student beats its poor teacher.", "early-gan", "early-teacher-25", "fd", 0.0),
+        claim("6-accuracy", "Guidance makes pictures accurate.", "no-regression", "guidance-1", "shapes_score", 0.0),
+        claim("6-recall", "Strong guidance covers less than none.", "guidance-1", "guidance-8", "recall", 0.0),
+        claim("6-low", "Moderate guidance has a better distance than none.", "no-regression", "guidance-1", "fd", 0.0),
+        claim("6-high", "Moderate guidance has a better distance than 8.", "no-regression", "guidance-8", "fd", 0.0),
     )
     return Matrix("dmd", arms, claims, data=("shapes", "assets/tiny/pairs", dmd_toy.PAIRS), quick=quick)

@@ -35,18 +35,24 @@ def restore(method: MethodModule, run: Path, checkpoint: Path | None = None) -> 
     return found, state
 
 
+def constructed(config: Path) -> MethodModule:
+    """The method of a config file; its networks are built by `configure_model`."""
+    quiet()
+    session = Session()
+    session.parse(merge([config]), "validate")
+    session.construct()
+    return session.method
+
+
 def trained(run: Path, weights: Literal["ema", "raw"] = "ema") -> MethodModule:
     """The method of a run folder with the weights of its newest checkpoint, in eval mode.
 
     Args:
         weights: "ema" samples from the averaged weights as the method does, "raw" from those of the last step.
     """
-    quiet()
-    session = Session()
-    session.parse(merge([run / "config.yaml"]), "validate")
-    session.construct()
-    restore(session.method, run)
+    method = constructed(run / "config.yaml")
+    restore(method, run)
     if weights == "raw":
-        for group in session.method.groups.values():
+        for group in method.groups.values():
             group.ema = None  # `generator_of` then gives the weights themselves
-    return session.method
+    return method

@@ -152,7 +152,7 @@ class DMD(MethodModule):
         self.matching_weight, self.dm_weight, self.t_min, self.t_max = matching_weight, dm_weight, t_min, t_max
         self.regression_weight, self.regression_metric = regression_weight, regression_metric
         self.metric_weights, self.match_pairs, self.val_steps = metric_weights, match_pairs, val_steps
-        self.student_t, self.gradient_checkpointing = student_t, gradient_checkpointing
+        self.student_t, self.student_times, self.gradient_checkpointing = student_t, [student_t], gradient_checkpointing
         self.options = {"student": student or paper_update(), "fake": fake or paper_update()}
         self.pairs_per_sample = 1.0  # rows of `pairs` for each of `main`, once training begins
 
@@ -306,4 +306,4 @@ class DMD(MethodModule):
 
     def export(self, folder: Path, batches: Iterable[Batch]) -> None:
         """Writes the stock pipeline of the averaged student, or the model folder of an EDM network."""
-        self.pipeline.save(folder, self.generator_of("student"))
+        self.pipeline.save(folder, self.generator_of("student"), self.student_times)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -97,9 +97,13 @@ class Pipeline:
         label = records.position % self.classes if records.label is None else records.label
         return Cond(label=label, null_label=self.classes)
 
-    def save(self, folder: Path, denoiser: Denoiser) -> None:
-        """Writes the stock pipeline with another denoiser of this kind, or the model folder of an EDM network."""
-        save_pipeline(folder, denoiser, self.codec, self.text)
+    def save(self, folder: Path, denoiser: Denoiser, times: Sequence[float | None] = (None,)) -> None:
+        """Writes the stock pipeline with another denoiser of this kind, or the model folder of an EDM network.
+
+        Args:
+            times: of a student's steps, see `to_scheduler`; None is the last of the process.
+        """
+        save_pipeline(folder, denoiser, self.codec, self.text, [t for t in times if t is not None])
 
 
 def refuse_foreign_pairs(pairs: Any, recipe: Mapping[str, Any], shape: tuple[int, ...]) -> None:

@@ -1,7 +1,7 @@
 """Claims about DMD and DMD2 (arXiv 2311.18828, tables 2 and 3, section 4.2; arXiv 2405.14867, sections 4.1 to 4.3).
 
     arm                          seeds   cost of a cell on one free core
-    full and its ablations       3       300 training steps, or 540 of DMD2 with r = 5
+    full and its ablations       3       240 training steps, or 432 of DMD2 with r = 5
     teacher-25, teacher-1        3       420 pictures
     measures of students         3       420 pictures in one step
     the toy of figure 3          3       1,200 training steps
@@ -15,9 +15,11 @@ r = 5 costs 5/9 of one with r = 1, so those arms have 9/5 of the steps: equal co
 of guidance is about the real estimate of such students; pairs at other scales would be other data. Claim 4 is figure 3,
 see dmd_toy.py.
 
-Thresholds: 0 is the direction that the papers report. Those of `1-share`, `1-one-step` and `5-r-5` were set after a
-pilot (seed 100, teachers and `full` alone: share .43, distances 39.7 of teacher-1 and 4.86 of the student); the aims
-are this repository's.
+Thresholds: 0 is the direction that the papers report. Those of `1-share`, `1-one-step` and `5-r-5` were set after
+pilots with seed 100, of the teachers and of `full` with 300 steps: teacher-25 .78 and distance .42, teacher-1 .08 and
+39.7; asked at the last time of the process, 999, the student has .34 and 4.86 on test prompts, .38 and 5.07 on
+validation prompts. On those it has .53 and 2.77 at 649, .50 and 2.71 at 499, .48 and 2.83 at 299, so 649 became
+`student_t` of the tiny configs. The aims are this repository's.
 """
 
 from __future__ import annotations
@@ -94,7 +96,7 @@ def fit_early(cell: Cell) -> Measured:
 
 def matrix(quick: bool = False) -> Matrix:
     """The claims, or with `quick` a rehearsal of them."""
-    steps, n = (20, 48) if quick else (300, 420)
+    steps, n = (20, 48) if quick else (240, 420)
     measured = {"split": "test", "n": n, "metrics": ["shapes_score", "fd", "recall"]}
     common = {
         "trainer.limit_val_batches": 0,
@@ -156,7 +158,7 @@ def matrix(quick: bool = False) -> Matrix:
         claim("1-above-teacher", "It scores more than its teacher in one.", "full", "teacher-1", "shapes_score", 0.0),
         claim("1-above-untrained", "And more than it did untrained.", "full", "untrained", "shapes_score", 0.0),
         claim("1-one-step", "Its distance is far below that of its teacher in one.", "full", "teacher-1", "fd", -20.0),
-        claim("1-share", "It keeps .38 of its teacher's score in 25 steps.", "shares", None, "score_share", 0.38),
+        claim("1-share", "It keeps .55 of its teacher's score in 25 steps.", "shares", None, "score_share", 0.55),
         claim("1-share-aim", "It keeps .85 of that score, the aim.", "shares", None, "score_share", 0.85),
         claim("1-ratio-aim", "Its distance is 1.5 times its teacher's, the aim.", "shares", None, "fd_ratio", 1.5),
         claim("2-no-regression", "The regression makes pictures better.", "full", "no-regression", "fd", 0.0),
@@ -166,7 +168,7 @@ def matrix(quick: bool = False) -> Matrix:
         claim("3-sigma3", "DMD's weight is no worse than ProlificDreamer's.", "full", "sigma3", "fd", 0.0),
         *(replace(c, arm=f"toy-{c.arm}", baseline=c.baseline and f"toy-{c.baseline}") for c in dmd_toy.CLAIMS),
         claim("5-swing", "Five updates of the fake network calm the student.", "r-5", "no-regression", "swing", 0.0),
-        claim("5-r-5", "With five no regression is needed: a distance .5 higher at most.", "r-5", "full", "fd", 0.5),
+        claim("5-r-5", "With five no regression is needed: a distance .3 higher at most.", "r-5", "full", "fd", 0.3),
         claim("5-gan", "Real pictures help where the teacher is poor.", "early-gan", "early-r-5", "fd", 0.0),
         claim("5-beats", "The student beats its poor teacher.", "early-gan", "early-teacher-25", "fd", 0.0),
         claim("6-accuracy", "Guidance makes pictures accurate.", "no-regression", "guidance-1", "shapes_score", 0.0),

@@ -1,6 +1,7 @@
 """Measures the shipped networks and writes the `score.json` of their folders.
 
     python -m lightning_t2i.metrics.assets pixart flux     guidance chosen on validation prompts, scored on test prompts
+    python -m lightning_t2i.metrics.assets dmd             the same for a student in one step, without guidance
     python -m lightning_t2i.metrics.assets ddpm edm        Fréchet distance to the training pictures, and what is drawn
     python -m lightning_t2i.metrics.assets vq clip         quality of reconstructions, use of the codebook; retrieval
 
@@ -32,9 +33,10 @@ from lightning_t2i.networks.towers import Towers
 from lightning_t2i.paths import ROOT
 
 TINY = ROOT / "assets" / "tiny"
-N, CHOOSING, SCALES = 1000, 200, (2.0, 3.0, 4.5, 6.0)
-SOLVERS = {"pixart": "ddim", "flux": "euler", "sd": "ddim", "ddpm": "ddim", "edm": "heun"}
-STEPS = {"ddpm": 50, "edm": 18}
+N, CHOOSING, SCALES = 1000, 200, {"dmd": (1.0,)}
+ALL_SCALES = (2.0, 3.0, 4.5, 6.0)  # where SCALES names none
+SOLVERS = {"pixart": "ddim", "flux": "euler", "sd": "ddim", "dmd": "ddim", "ddpm": "ddim", "edm": "heun"}
+STEPS = {"dmd": 1, "ddpm": 50, "edm": 18}
 
 
 def built(name: str, folder: Path) -> Diffusion:
@@ -67,7 +69,8 @@ def scored(method: Diffusion, split: str, n: int, metrics: Sequence[str], **samp
 def text_to_image(name: str, folder: Path) -> dict[str, Any]:
     """The shapes score at the guidance scale that is best on validation prompts."""
     method, overall = built(name, folder), f"shapes_score/overall@n={CHOOSING}"
-    found = {scale: scored(method, "val", CHOOSING, ["shapes_score"], guidance=scale)[overall] for scale in SCALES}
+    scales = SCALES.get(name, ALL_SCALES)
+    found = {scale: scored(method, "val", CHOOSING, ["shapes_score"], guidance=scale)[overall] for scale in scales}
     scale = max(found, key=found.__getitem__)
     final = scored(method, "test", N, ["shapes_score", "fd"], guidance=scale)
     part = {key.removeprefix("shapes_score/").partition("@")[0]: final.pop(key) for key in list(final) if "/" in key}
@@ -152,8 +155,8 @@ def retrieval(name: str, folder: Path) -> dict[str, Any]:
 
 
 MEASURES: dict[str, Callable[[str, Path], dict[str, Any]]] = {
-    "sd": text_to_image, "pixart": text_to_image, "flux": text_to_image, "ddpm": on_pixels, "edm": on_pixels,
-    "vq": tokens, "clip": retrieval,
+    "sd": text_to_image, "pixart": text_to_image, "flux": text_to_image, "dmd": text_to_image,
+    "ddpm": on_pixels, "edm": on_pixels, "vq": tokens, "clip": retrieval,
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,13 @@ def add_adapters(backbone: nn.Module, rank: int, targets: tuple[str, ...] = ATTE
     backbone.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), adapter_name=name)
 
 
-def save_pipeline(folder: Path, denoiser: Denoiser, codec: LatentCodec, text: TextEncoder | None) -> None:
+def save_pipeline(
+    folder: Path,
+    denoiser: Denoiser,
+    codec: LatentCodec,
+    text: TextEncoder | None,
+    times: Sequence[float] | None = None,
+) -> None:
     """Writes the stock diffusers folder of the backbone's family in fp16 safetensors, from copies.
 
         UNet2DConditionModel      StableDiffusionPipeline; StableDiffusionXLPipeline where it is told the pictures' size
@@ -88,6 +95,9 @@ def save_pipeline(folder: Path, denoiser: Denoiser, codec: LatentCodec, text: Te
     Adapters are merged into the weights. The scheduler is the one of `to_scheduler`; a DDPM's spaces its steps so that
     few of them start from pure noise.
 
+    Args:
+        times: of a student's steps where they are not the default, see `to_scheduler`.
+
     Raises:
         UserError: a backbone for which no pipeline is known, one on pixels with an autoencoder or a text encoder, or
             one with the text encoders of another family where SDXL is one of the two.
@@ -95,7 +105,7 @@ def save_pipeline(folder: Path, denoiser: Denoiser, codec: LatentCodec, text: Te
     import diffusers
 
     backbone: Any = denoiser.merged().backbone
-    scheduler = to_scheduler(denoiser.process, denoiser.prediction, denoiser.sigma_data)
+    scheduler = to_scheduler(denoiser.process, denoiser.prediction, denoiser.sigma_data, times)
     vae = copy.deepcopy(codec.vae)
     if type(backbone).__name__ in OURS and vae is None and text is None:
         backbone.half().save_pretrained(folder, safe_serialization=True)

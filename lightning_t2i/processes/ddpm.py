@@ -80,7 +80,7 @@ class DDPM(Process):
             betas = torch.tensor(trained_betas, dtype=torch.float32, device="cpu")
         if zero_terminal_snr:
             betas = _rescale_to_zero_terminal_snr(betas)
-        self.alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
+        self.betas, self.alphas_cumprod = betas, torch.cumprod(1.0 - betas, dim=0)
         abar = torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), self.alphas_cumprod.to(torch.float64)])
         self._tables = {torch.device("cpu"): torch.stack([abar.sqrt(), (1 - abar).sqrt()])}
 
@@ -97,6 +97,11 @@ class DDPM(Process):
         if not isinstance(process, cls):
             raise UserError("The scheduler does not describe a DDPM process", where=str(source), given=process.name)
         return process
+
+    def until(self, last: int) -> DDPM:
+        """The part of this process whose last time is `last`."""
+        betas = self.betas[: last + 1].tolist()
+        return DDPM(self.schedule, self.beta_start, self.beta_end, last + 1, trained_betas=betas, clip=self.clip)
 
     def _table(self, device: torch.device) -> Tensor:
         """alpha and sigma, float64 [2, T + 1]; column 0 is clean data, column t + 1 is time t."""

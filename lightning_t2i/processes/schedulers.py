@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,32 +69,47 @@ def from_scheduler(source: Any) -> tuple[Process, str]:
     return process, _FROM_DIFFUSERS[given]
 
 
-def to_scheduler(process: Process, prediction: str, sigma_data: float = 0.5) -> SchedulerMixin:
+def to_scheduler(
+    process: Process, prediction: str, sigma_data: float = 0.5, times: Sequence[float] | None = None
+) -> SchedulerMixin:
     """A diffusers scheduler whose default settings sample the way this repository does.
 
     DDPM gives DDIMScheduler with trailing spacing and set_alpha_to_one: with Stable Diffusion's default (leading
     spacing) a one-step student would be called at t = 1. One that clips is stepped with `use_clipped_model_output`.
 
+    Args:
+        times: falling times of a student of a DDPM that estimates x0 at each and adds new noise between two of them.
+            The scheduler ends at the first of them, and for several steps it is LCMScheduler: its default for so many
+            are the times where they are evenly spaced, others are to be named (`timesteps=` of the pipeline).
+            Schedulers of other processes hold no such times.
+
     Raises:
         UserError: a prediction that no diffusers scheduler of this process takes; convert the network first.
     """
     if isinstance(process, DDPM) and prediction in _TO_DIFFUSERS:
-        from diffusers import DDIMScheduler
+        from diffusers import DDIMScheduler, LCMScheduler
 
-        return DDIMScheduler(
-            num_train_timesteps=process.steps,
-            beta_start=process.beta_start,
-            beta_end=process.beta_end,
-            beta_schedule=process.schedule,
-            trained_betas=process.trained_betas,
-            rescale_betas_zero_snr=process.zero_terminal_snr,
-            prediction_type=_TO_DIFFUSERS[prediction],
-            timestep_spacing="trailing",
-            set_alpha_to_one=True,
-            clip_sample=process.clip is not None,
-            clip_sample_range=process.clip or 1.0,
-            steps_offset=1,  # unused by trailing spacing; StableDiffusionPipeline warns about any other value
-        )
+        if times and int(times[0]) < process.t_max:
+            process = process.until(int(times[0]))
+        facts = {
+            "num_train_timesteps": process.steps,
+            "beta_start": process.beta_start,
+            "beta_end": process.beta_end,
+            "beta_schedule": process.schedule,
+            "trained_betas": process.trained_betas,
+            "rescale_betas_zero_snr": process.zero_terminal_snr,
+            "prediction_type": _TO_DIFFUSERS[prediction],
+            "timestep_spacing": "trailing",
+            "set_alpha_to_one": True,
+            "clip_sample": process.clip is not None,
+            "clip_sample_range": process.clip or 1.0,
+            "steps_offset": 1,  # unused by trailing spacing; StableDiffusionPipeline warns about any other value
+        }
+        if not times or len(times) == 1:
+            return DDIMScheduler(**facts)
+        n = len(times)
+        even = list(times) == [process.steps // n * i - 1 for i in range(n, 0, -1)]
+        return LCMScheduler(**facts, original_inference_steps=n if even else process.steps)
     if isinstance(process, RectifiedFlow) and prediction == "velocity":
         from diffusers import FlowMatchEulerDiscreteScheduler
 

@@ -30,7 +30,7 @@ from lightning_t2i.networks.discriminator import Discriminator, middle
 from lightning_t2i.networks.load import build_network
 from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions
 from lightning_t2i.processes import DDPM, EDM, guided
-from lightning_t2i.processes.schedulers import to_scheduler
+from lightning_t2i.processes.schedulers import scheduler_config, to_scheduler
 from lightning_t2i.protocols import Exports, Generates
 
 SHAPE = (4, 8, 8)
@@ -405,6 +405,38 @@ def test_an_adapter_is_exported_within_its_weights(tmp_path, sd, prompts) -> Non
         theirs, ours = unet(z, 999, cond.embeds).sample, method.student(z, 999, cond)
         assert float((ours - method.teacher(z, 999, cond)).abs().mean()) > 0.01
     torch.testing.assert_close(theirs, ours, atol=0.05, rtol=0.02)  # the weights are written in fp16
+
+
+@pytest.mark.parametrize("times", [[999.0, 749.0, 499.0, 249.0], [399.0], [799.0, 399.0], [999.0, 300.0]])
+def test_the_exported_scheduler_takes_the_students_steps(tmp_path, sd, monkeypatch, times) -> None:
+    import diffusers
+
+    method = method_of(sd, student_times=times)
+    method.configure_model()
+    places, keys = torch.arange(2), Keys(5)
+    z, cond = keys.normal("z", places, SHAPE), method.condition(Records.of_prompts(["red square", "two"]))
+    with torch.no_grad():
+        expected = method.generate(method.student, z, cond, keys, places)
+        one_step = method.student.generate(z, cond)
+    method.pipeline.text = None  # its word-level tokenizer is no stock one
+    method.export(tmp_path / "out", [])
+    unet = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "out/unet", torch_dtype=torch.float32)
+    kind = diffusers.LCMScheduler if len(times) > 1 else diffusers.DDIMScheduler
+    assert scheduler_config(tmp_path / "out")["_class_name"] == kind.__name__
+    scheduler = kind.from_pretrained(tmp_path / "out/scheduler")
+    if times == [999.0, 300.0]:  # not evenly spaced: the pipeline is told
+        scheduler.set_timesteps(timesteps=[999, 300])
+    else:
+        scheduler.set_timesteps(len(times))
+    assert scheduler.timesteps.tolist() == times
+    between = iter([keys.normal(f"between_{i}", places, SHAPE) for i in range(1, len(times))])
+    monkeypatch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *a, **k: next(between))
+    x = z
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(unet(x, t, cond.embeds).sample, t, x).prev_sample
+    torch.testing.assert_close(x, expected, atol=0.05, rtol=0.02)  # the weights are written in fp16
+    assert next(between, None) is None and float((x - one_step).abs().mean()) > 0.1
 
 
 def test_adapters_are_refused_where_networks_are_sharded(sd, monkeypatch) -> None:

@@ -25,7 +25,7 @@ from benchmarks.running import isolated
 from lightning_t2i.cli.configs import merge
 from lightning_t2i.cli.record import UNIT
 from lightning_t2i.cli.session import TRAINER_DEFAULTS, Session, quiet
-from lightning_t2i.forward_units import PredictsUnits, counting_units
+from lightning_t2i.forward_units import PredictsUnits, Units, counting_units
 from lightning_t2i.golden import SCENES, methods, overrides
 from lightning_t2i.paths import ROOT
 
@@ -59,8 +59,8 @@ class Watch(L.Callback):
         self._start = time.perf_counter()
 
 
-def prepared(method: str) -> tuple[Any, Any]:
-    """The method and its data as the tiny config says, on few scenes."""
+def prepared(method: str, class_path: str | None = None) -> tuple[Any, Any]:
+    """The method and its data as the tiny config says, on few scenes; `class_path` names a subclass in its place."""
     from datamodules.worlds import ensure
 
     merged = merge([ROOT / "configs" / method / "tiny.yaml"])
@@ -68,10 +68,30 @@ def prepared(method: str) -> tuple[Any, Any]:
     for place, value in overrides(merged.config["data"]["init_args"], folder).items():
         if place[-1] != "batch_size":
             merged.add(place, value, __name__)
+    if class_path is not None:
+        merged.add(("model", "class_path"), class_path, __name__)
     session = Session()
     session.parse(merged, "fit")
     session.construct()
     return session.method, session.data
+
+
+def fit(module: Any, data: Any, steps: int, callback: L.Callback) -> None:
+    """Trains for so many steps on the CPU, without logs, checkpoints and validation."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no `val_dataloader`")
+        trainer = L.Trainer(
+            **TRAINER_DEFAULTS,
+            max_steps=steps,
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            limit_val_batches=0,
+            enable_progress_bar=False,
+            default_root_dir=folder,
+            callbacks=[callback],
+        )
+        trainer.fit(module, data)
 
 
 def of_method(method: str, quick: bool) -> dict[str, Any] | None:
@@ -85,32 +105,25 @@ def of_method(method: str, quick: bool) -> dict[str, Any] | None:
     period = math.lcm(*(group.options.every for group in module.groups.values()))
     timed = period * math.ceil((2 if quick else 30) / period)
     watch = Watch(period * math.ceil((2 if quick else 10) / period))
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no `val_dataloader`")
-        trainer = L.Trainer(
-            **TRAINER_DEFAULTS,
-            max_steps=watch.counted + 1 + timed,
-            accelerator="cpu",
-            devices=1,
-            logger=False,
-            limit_val_batches=0,
-            enable_progress_bar=False,
-            default_root_dir=folder,
-            callbacks=[watch],
-        )
-        trainer.fit(module, data)
-    predicted, counted, spent = module.forward_units(), watch.units.per_step(), watch.units.flops_per_sample()
+    fit(module, data, watch.counted + 1 + timed, watch)
+    units = compared(method, module.forward_units(), watch.units)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT / 1e6
-    seconds, total = statistics.median(watch.seconds), sum(spent.values())
-    units, batch = [], data.training["main"].batch_size
+    seconds, batch = statistics.median(watch.seconds), data.training["main"].batch_size
+    speed = [method, batch, seconds, batch * module.common.accumulate / seconds, memory]
+    speed += [sum(row[column] for row in units) for column in (2, 3)]
+    return {"units": units, "speed": [*speed, "yes" if all(within(row) for row in units) else "no"]}
+
+
+def compared(label: str, predicted: dict[str, float], units: Units) -> list[list[Any]]:
+    """Rows of units: each network that was called or predicted."""
+    counted, spent, rows = units.per_step(), units.flops_per_sample(), []
+    total = sum(spent.values())
     for name in sorted(predicted.keys() | counted.keys()):
         expected, found, cost = predicted.get(name, 0.0), counted.get(name, 0.0), spent.get(name)
         off = found / expected - 1 if expected else None
         share = cost / total if cost is not None else None
-        units.append([method, name, expected, found, off, cost / 1e6 if cost is not None else None, share])
-    speed = [method, batch, seconds, batch * module.common.accumulate / seconds, memory]
-    speed += [sum(predicted.values()), sum(counted.values()), "yes" if all(within(row) for row in units) else "no"]
-    return {"units": units, "speed": speed}
+        rows.append([label, name, expected, found, off, cost / 1e6 if cost is not None else None, share])
+    return rows
 
 
 def within(row: list[Any]) -> bool:

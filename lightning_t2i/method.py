@@ -14,6 +14,7 @@ and updates the EMA of each due group, in the order of declaration, and `trainer
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -190,7 +191,10 @@ class MethodModule(Saved):
 
     @property
     def logs_now(self) -> bool:
-        return (self.counters.step + 1) % self.common.log_every == 0 or self.counters.step == 0
+        """Whether this training step has a log line: the first in which all groups are due after `log_every` more."""
+        step, every = self.counters.step, self.common.log_every
+        period = math.lcm(*(group.options.every for group in self.groups.values()))
+        return step == 0 or (step % period == 0 and (step + 1) // every > (step + 1 - period) // every)
 
     def generator_of(self, name: str) -> nn.Module:
         """The network to sample from: the EMA twin where there is one."""

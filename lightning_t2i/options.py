@@ -64,7 +64,7 @@ class MethodOptions:
     Args:
         seed: seed of every draw of the run, the initial weights included.
         accumulate: micro-batches per training step.
-        log_every: training steps between two log lines.
+        log_every: training steps between two log lines, which are written in steps in which all groups are updated.
         compile: compile the repeated blocks of trained networks with torch.compile.
         precision: "bf16" computes in bfloat16 with float32 master weights and float32 gradient reduction; it needs the
             FSDP2 strategy, which also runs with one process.

@@ -34,6 +34,7 @@ from lightning_t2i.claims import dmd_toy
 from lightning_t2i.claims.spec import Arm, Cell, Claim, Matrix, Measured
 from lightning_t2i.claims.training import RUN, fit, measure
 from lightning_t2i.cli.restore import constructed, trained
+from lightning_t2i.errors import UserError
 from lightning_t2i.paths import resolve
 
 TEACHER, EARLY, GUIDANCE = "assets/tiny/sd", "unet_early", 4.5
@@ -59,7 +60,10 @@ def distilled(cell: Cell) -> Measured:
     found = measure(trained(run), cell.options["split"], cell.options["n"], cell.seed, cell.options["metrics"])
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     brightness = [line["student/brightness"] for line in lines if "student/brightness" in line]
-    swing = statistics.pstdev(brightness[len(brightness) // 2 :])
+    late = brightness[len(brightness) // 2 :]
+    if len(late) < 2:  # of one value the deviation would be 0
+        raise UserError("Too few log lines for a swing", where=str(run), given=len(brightness), allowed="4 or more")
+    swing = statistics.pstdev(late)
     return Measured({**found.numbers, "swing": swing}, found.scores, found.prompts)
 
 

@@ -300,7 +300,9 @@ def test_super_calls_do_not_repeat_the_engines_work(tmp_path):
     assert module.counters.batches == 5
 
 
-def test_scalars_are_logged_every_n_training_steps(tmp_path):
+@pytest.mark.parametrize(("every", "steps"), [(5, [1, 6, 11]), (1, [1, 4, 8, 12])])
+def test_scalars_are_logged_every_n_training_steps(tmp_path, every, steps):
+    """A group that is updated in few of them is in all lines: they wait for it."""
     lines = []
 
     class Memory(L.pytorch.loggers.Logger):
@@ -312,10 +314,12 @@ def test_scalars_are_logged_every_n_training_steps(tmp_path):
         def log_hyperparams(self, *args, **kwargs):
             pass
 
-    fit(tmp_path, Toy(MethodOptions(log_every=4, accumulate=2)), 9, logger=Memory())
-    assert [step for step, _ in lines] == [1, 4, 8]
-    assert {"generator/loss", "critic/loss", "critic/grad_norm", "critic/lr", "samples"} <= lines[0][1].keys()
-    assert lines[1][1]["samples"] == 4 * 2 * 8
+    module = Toy(MethodOptions(log_every=4, accumulate=2), generator=GroupOptions(adam(1e-2), every=every))
+    fit(tmp_path, module, 13, logger=Memory())
+    assert [step for step, _ in lines] == steps
+    for step, line in lines:
+        assert {"generator/loss", "generator/grad_norm", "critic/loss", "critic/lr", "samples"} <= line.keys()
+        assert line["samples"] == step * 2 * 8
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,13 @@ def methods(root: Path = ROOT) -> dict[str, str]:
 
 
 def published(root: Path = ROOT) -> set[str]:
-    """Methods that have a row in docs/methods.md: a method is named there in backquotes or by its file."""
+    """Methods that have a row in docs/methods.md: those that its first column names."""
     file = root / "docs" / "methods.md"
     if not file.is_file():
         return set()
     rows = [line for line in file.read_text(encoding="utf-8").splitlines() if line.lstrip().startswith("|")]
-    words = set(re.findall(r"\w+", "\n".join(rows).lower()))
-    return {name for name in methods(root) if name in words}
+    named = {word for row in rows for word in re.findall(r"\w+", row.split("|")[1].lower())}
+    return named & methods(root).keys()
 
 
 def method_classes(root: Path = ROOT) -> list[str]:

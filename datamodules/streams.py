@@ -14,6 +14,7 @@ from datamodules.order import batch_positions
 from datamodules.records import Stream
 from lightning_t2i.batch import Batch, Records
 from lightning_t2i.errors import UserError
+from lightning_t2i.slurm import outlive_signals
 
 
 class _Loads(Dataset):
@@ -82,6 +83,7 @@ class StreamLoader:
                 batch_size=None,
                 collate_fn=_unchanged,
                 num_workers=workers,
+                worker_init_fn=outlive_signals,
                 persistent_workers=workers > 0,
                 pin_memory=pin,
                 generator=torch.Generator(),  # the draw of a base seed must not touch the global generator

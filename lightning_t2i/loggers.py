@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import logging
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +20,8 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from lightning_t2i.errors import UserError
 from lightning_t2i.state_io import write_atomically
+
+log = logging.getLogger(__name__)
 
 WANDB_BUFFER = 60.0  # seconds; W&B writes its offline file every 15 s, and a killed process never writes the rest
 
@@ -153,6 +157,7 @@ class Wandb(WandbLogger):
             mode=options.wandb,
         )
         self.clock, self.mode, self.replay = clock, options.wandb, replay
+        self._lost = False
 
     @property
     @rank_zero_experiment
@@ -183,14 +188,33 @@ class Wandb(WandbLogger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         values, step, samples = self.clock.stamp(metrics, step)
-        self.experiment.log({**values, "trainer/global_step": step, "trainer/samples": samples})
+        self._tell(lambda run: run.log({**values, "trainer/global_step": step, "trainer/samples": samples}))
+
+    @rank_zero_only
+    def mark_preempting(self) -> None:
+        """W&B then calls the run "preempted" until it goes on, not "failed"."""
+        self._tell(lambda run: run.mark_preempting())
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Closes the run, so that the process can start another one and nothing waits in a buffer."""
         if self._experiment is not None:
-            self._experiment.finish(exit_code=0 if status == "success" else 1)
+            self._tell(lambda run: run.finish(exit_code=0 if status == "success" else 1))
             self._experiment = None
+
+    def _tell(self, act: Callable[[Any], Any]) -> None:
+        """W&B's service is a process of its own and dies of SLURM's SIGTERM; the training has to save all the same."""
+        if self._lost:
+            return
+        try:
+            act(self.experiment)
+        except ConnectionError as error:
+            import wandb
+
+            self._lost = True
+            log.warning("W&B's service is gone (%s): metrics.jsonl goes on, the next start hands over the rest", error)
+            with contextlib.suppress(ConnectionError):
+                wandb.teardown()  # else it complains once more when the process ends
 
 
 def wandb_id(folder: Path) -> str:

@@ -173,9 +173,44 @@ def test_threads_of_the_user_are_kept(clone: Clone) -> None:
     assert "train ['fit'] 7" in clone.run("fit", OMP_NUM_THREADS="7").stdout
 
 
-def test_ci_calls_exactly_the_test_command(repo: Path) -> None:
+def test_slurm_tests_run_where_slurm_is(clone: Clone) -> None:
+    clone.program("sbatch", "#!/usr/bin/env bash\n")
+    assert clone.run("slurm-test", "-k", "array").returncode == 0
+    assert clone.calls("-m pytest") == ["-m pytest -m slurm -k array tests/slurm"]
+    assert clone.run("slurm-test", TOOL_EXIT="1").returncode == 1
+
+
+APT = """#!/usr/bin/env bash
+printf '%s\\n' "apt-get $*" >>"$CALLS"
+if [ "$1" = install ]; then
+    echo "E: Unable to locate package"
+    [ -z "${APT_EXIT:-}" ] || exit "$APT_EXIT"
+    printf '' >"$(dirname "$0")/sbatch" && chmod +x "$(dirname "$0")/sbatch"
+fi
+"""
+
+
+def test_slurm_is_installed_by_apt_or_its_tests_are_left_out_with_the_reason(clone: Clone) -> None:
+    done = clone.run("slurm-test")
+    assert done.returncode == 0
+    assert "left out: SLURM is not installed, and there is no apt-get" in done.stdout
+    clone.program("apt-get", APT)
+    clone.program("sudo", '#!/usr/bin/env bash\nshift\nexec "$@"\n')
+    for name in ("tail", "chmod"):
+        (clone.programs / name).symlink_to(shutil.which(name) or name)
+    done = clone.run("slurm-test", APT_EXIT="100")
+    assert done.returncode == 0
+    assert "left out: apt-get could not install SLURM: E: Unable to locate package" in done.stdout
+    assert clone.calls("-m pytest") == []
+    assert clone.run("slurm-test").returncode == 0
+    calls = clone.calls()
+    assert "apt-get install -y --no-install-recommends slurm-wlm munge" in calls
+    assert calls[-1] == "-m pytest -m slurm tests/slurm"
+
+
+def test_ci_calls_exactly_the_test_commands(repo: Path) -> None:
     commands = [line for line in (repo / ".ci/run").read_text().splitlines() if not line.startswith("#")]
-    assert commands == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "./run test"]
+    assert commands == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "./run test", "./run slurm-test"]
     assert os.access(repo / ".ci/run", os.X_OK) and os.access(repo / "run", os.X_OK)
     assert "- run: ./run test" in (repo / ".github/workflows/test.yml").read_text()
 

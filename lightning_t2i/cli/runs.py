@@ -23,6 +23,7 @@ from lightning_t2i import __version__
 from lightning_t2i.cli.configs import flatten
 from lightning_t2i.errors import UserError
 from lightning_t2i.paths import ROOT
+from lightning_t2i.slurm import job_id
 from lightning_t2i.state_io import MARKER, newest, write_atomically
 
 # What may change between two starts of one run: where it runs, how it is watched, and how long it goes on.
@@ -34,6 +35,7 @@ FREE = (
     "eval*",
     "comparison*",
     "health*",
+    "preemption*",
     "data.init_args.workers",
     "model.init_args.common.log_every",
     *(f"trainer.{name}" for name in ("accelerator", "devices", "num_nodes", "strategy*", "plugins*", "logger*")),
@@ -69,9 +71,8 @@ def run_name(explicit: str | None, configs: list[Path]) -> str:
         if not explicit or Path(explicit).name != explicit:
             raise UserError("A run's name must be a single folder name", where="--run", given=explicit)
         return explicit
-    job, array = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_ARRAY_JOB_ID")
-    if job and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job
+    if (job := job_id()) is not None:
+        return job
     if not configs:
         raise UserError("No config and no run was named", fix="--config configs/quickstart.yaml")
     return config_name(configs[-1])

@@ -18,6 +18,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from callbacks.checkpoints import CheckpointOptions, Checkpoints
 from callbacks.eval_metrics import EvalMetrics, EvalOptions
 from callbacks.health import Health, HealthOptions
+from callbacks.preemption import Preemption, PreemptionOptions
 from callbacks.sample_grid import SampleGrid, SampleOptions
 from callbacks.teacher_comparison import ComparisonOptions, TeacherComparison
 from callbacks.throughput import Throughput, ThroughputOptions
@@ -41,7 +42,8 @@ STANDARD: dict[str, tuple[type, Callable[[Path, Any], L.Callback]]] = {
     "checkpoints": (CheckpointOptions, lambda folder, options: Checkpoints(folder / "checkpoints", options)),
     "comparison": (ComparisonOptions, lambda folder, options: TeacherComparison(options)),  # takes long: saved first
 }
-SECTIONS = {"tracking": TrackingOptions} | {key: options for key, (options, _) in STANDARD.items()}
+SECTIONS = {"tracking": TrackingOptions, "preemption": PreemptionOptions}
+SECTIONS |= {key: options for key, (options, _) in STANDARD.items()}
 # Values that the data and the method must agree on: the method's counts.
 LINKS = ("seed", "accumulate")
 TRAINER_DEFAULTS = {
@@ -66,7 +68,7 @@ HARMLESS = (
 
 
 class Session(LightningCLI):
-    """One parser for all verbs; `method` and `data` exist after `construct`, `trainer` after `build`."""
+    """One parser for all verbs; `construct` makes `method` and `data`, `build` makes `trainer` and `preemption`."""
 
     config: Any  # jsonargparse's Namespace
 
@@ -205,6 +207,7 @@ class Session(LightningCLI):
         callbacks = [*(make(folder, options) for make, options in enabled), *callbacks]
         if given.enable_progress_bar is not False:
             callbacks = [*callbacks, Progress()]
+        self.preemption = Preemption(self.config_init.preemption)
         plugins = list(given.plugins) if isinstance(given.plugins, list) else [given.plugins] if given.plugins else []
         if SLURMEnvironment.detect():
             plugins.append(SLURMEnvironment(auto_requeue=False))  # Lightning's handler saves in the middle of a step
@@ -213,7 +216,7 @@ class Session(LightningCLI):
         try:
             trainer = self.trainer = self.instantiate_trainer(
                 logger=loggers or False,
-                callbacks=[*callbacks, *(given.callbacks or [])],
+                callbacks=[*callbacks, *(given.callbacks or []), self.preemption],  # it leaves at the end of a step
                 default_root_dir=str(folder),
                 plugins=plugins or None,
             )

@@ -22,6 +22,7 @@ from lightning_t2i.cli.session import Session, quiet
 from lightning_t2i.errors import UserError, closest
 from lightning_t2i.loggers import Clock, JsonlLogger, TrackingOptions, build_loggers
 from lightning_t2i.report import write_report
+from lightning_t2i.slurm import restarted
 from lightning_t2i.state_io import newest, write_atomically
 
 
@@ -83,15 +84,16 @@ def fit(request: Request) -> int:
     rehearsal = bool(config["trainer"]["fast_dev_run"])  # touches no run
     folder = Path(tempfile.mkdtemp()) if rehearsal else runs.runs_root() / runs.run_name(request.run, request.configs)
     trainer = session.build(folder, [], [Record(folder, runs.config_hash(config))])
-    run = runs.begin(folder, config, request.fresh)  # everything that can be refused before is built by now
+    fresh = request.fresh and not restarted()
+    run = runs.begin(folder, config, fresh)  # everything that can be refused before is built by now
     tracking = TrackingOptions(wandb="off") if rehearsal else session.config_init.tracking
     if not rehearsal:
         trainer.loggers = build_loggers(folder, tracking, config, run.step, Clock(trainer))
     if trainer.is_global_zero:
         print(banner(session, run, tracking), flush=True)
-    with told():
+    with told(), session.preemption:
         trainer.fit(session.method, session.data, ckpt_path=run.resume and str(run.resume), weights_only=True)
-    if trainer.is_global_zero and not rehearsal:
+    if trainer.is_global_zero and not rehearsal and not session.preemption.requeues:
         if 0 < trainer.max_steps <= trainer.global_step:
             write_atomically(folder / "finished", json.dumps({"step": trainer.global_step}).encode())
         report = write_report(folder, session.method)

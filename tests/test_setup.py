@@ -25,7 +25,7 @@ case "${{1:-}} ${{2:-}}" in
             case "$file" in "$TMPDIR"/tmp.*) cp "$file" "$CALLS.constraints" ;; esac
         done
         exit "${{PIP_EXIT:-0}}" ;;
-    "-m ruff"|"-m mypy"|"-m pytest")
+    "-m ruff"|"-m mypy"|"-m pytest"|"-m lightning_t2i.proof")
         printf '%s\\n' "${{OMP_NUM_THREADS:-}}" >>"$CALLS.threads"
         exit "${{TOOL_EXIT:-0}}" ;;
     *) exec {sys.executable} "$@" ;;
@@ -178,6 +178,11 @@ def test_slurm_tests_run_where_slurm_is(clone: Clone) -> None:
     assert clone.run("slurm-test", "-k", "array").returncode == 0
     assert clone.calls("-m pytest") == ["-m pytest -m slurm -k array tests/slurm"]
     assert clone.run("slurm-test", TOOL_EXIT="1").returncode == 1
+
+
+def test_the_proof_takes_its_words(clone: Clone) -> None:
+    assert clone.run("proof", "dmd", "--kills", "3").returncode == 0
+    assert clone.calls("-m lightning_t2i") == ["-m lightning_t2i.proof dmd --kills 3"]
 
 
 APT = """#!/usr/bin/env bash

@@ -14,7 +14,6 @@ from signal import SIGTERM, SIGUSR1
 
 import lightning as L
 import pytest
-import torch
 import yaml
 from signals import SignalAt
 from toy import Toy, ToyData, trainer_for
@@ -25,8 +24,8 @@ from callbacks.preemption import Preemption, PreemptionOptions
 from datamodules.points import Points
 from datamodules.streams import Streams
 from lightning_t2i.errors import UserError
-from lightning_t2i.loggers import read_lines
 from lightning_t2i.options import MethodOptions
+from lightning_t2i.proof.compare import differences, final_state, logged
 from lightning_t2i.state_io import AtomicCheckpointIO, complete_checkpoints, newest
 
 SLURM = ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_NTASKS")
@@ -100,19 +99,6 @@ def steps(folder: Path) -> list[int]:
     return [int(p.name.removeprefix("step-")) for p in complete_checkpoints(folder / "checkpoints")]
 
 
-def result(folder: Path) -> dict:
-    saved = AtomicCheckpointIO().load_checkpoint(newest(folder / "checkpoints"))
-    return {key: saved[key] for key in ("state_dict", "t2i", "ToyData", "WorkedData", "global_step") if key in saved}
-
-
-def same(a, b) -> bool:
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
 # ---- one process -----------------------------------------------------------------------------------------------------
 
 
@@ -128,7 +114,7 @@ def test_a_signal_saves_once_at_the_boundary_and_the_same_command_goes_on(tmp_pa
     fit(tmp_path / "a")
     fit(tmp_path / "b")
     assert steps(tmp_path / "b") == [5, 10, 12]
-    assert same(result(tmp_path / "a"), result(tmp_path / "b"))
+    assert differences(final_state(tmp_path / "a"), final_state(tmp_path / "b")) == []
 
 
 def test_a_checkpoint_of_the_same_step_is_not_written_again(tmp_path) -> None:
@@ -337,10 +323,6 @@ def command(folder: Path, repo: Path, run: str, signal_at: str = "", devices: in
     return done.stdout + done.stderr
 
 
-def logged(run: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if k != "time"} for line in read_lines(run / "metrics.jsonl")]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_every_process_of_a_job_may_be_signalled(tmp_path, repo, name) -> None:
@@ -359,7 +341,7 @@ def test_every_process_of_a_job_may_be_signalled(tmp_path, repo, name) -> None:
 
     assert "step-00000005" in command(tmp_path, repo, "stopped")
     command(tmp_path, repo, "whole")
-    assert same(result(stopped), result(whole)) and logged(stopped) == logged(whole)
+    assert differences(final_state(stopped), final_state(whole)) == [] and logged(stopped) == logged(whole)
     assert (stopped / "finished").exists() and (stopped / "wandb_id").read_text() == identity
     rows = history(stopped / "wandb")
     assert {r["trainer/global_step"]: r["critic/loss"] for r in rows} == pytest.approx(
@@ -374,4 +356,4 @@ def test_one_rank_hears_it_and_all_ranks_stop_at_one_step(tmp_path, repo) -> Non
     assert steps(tmp_path / "runs/stopped") == [5]
     command(tmp_path, repo, "stopped", devices=2)
     command(tmp_path, repo, "whole", devices=2)
-    assert same(result(tmp_path / "runs/stopped"), result(tmp_path / "runs/whole"))
+    assert differences(final_state(tmp_path / "runs/stopped"), final_state(tmp_path / "runs/whole")) == []

@@ -36,6 +36,7 @@ from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions
 from lightning_t2i.pairs import noise
 from lightning_t2i.processes import DDPM, EDM, RectifiedFlow, guided, sample
 from lightning_t2i.processes.schedulers import to_scheduler
+from lightning_t2i.proof.runs import MESHES
 from lightning_t2i.protocols import Exports, Generates
 
 FORMS = ("dmd", "dmd_eq8", "sigma_over_alpha", "sigma3_over_alpha", "none")
@@ -707,8 +708,9 @@ def test_P12_one_and_two_processes_agree(request, tmp_path, prompts, ranks, kind
 
 
 @pytest.mark.slow
-def test_P12_a_killed_run_ends_with_the_bits_of_a_whole_one(repo, tmp_path) -> None:
-    assert what_a_kill_changes(repo, tmp_path, "dmd", ("main", "pairs", "val", "test")) == []
+@pytest.mark.parametrize("mesh", MESHES)
+def test_P12_a_killed_run_ends_with_the_bits_of_a_whole_one(tmp_path, mesh) -> None:
+    assert what_a_kill_changes(tmp_path, "dmd", mesh) == []
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from lightning_t2i.networks.load import build_network
 from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions
 from lightning_t2i.processes import DDPM, EDM, guided
 from lightning_t2i.processes.schedulers import scheduler_config, to_scheduler
+from lightning_t2i.proof.runs import MESHES
 from lightning_t2i.protocols import Exports, Generates
 
 SHAPE = (4, 8, 8)
@@ -620,5 +621,6 @@ def test_one_and_two_processes_agree(tmp_path, sd, prompts, ranks, precision) ->
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_with_the_bits_of_a_whole_one(repo, tmp_path) -> None:
-    assert what_a_kill_changes(repo, tmp_path, "dmd2", ("main", "real", "val", "test")) == []
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_killed_run_ends_with_the_bits_of_a_whole_one(tmp_path, mesh) -> None:
+    assert what_a_kill_changes(tmp_path, "dmd2", mesh) == []

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_t2i.proof.compare import differences
 from lightning_t2i.state_io import complete_checkpoints
 
 STEPS = 14
@@ -31,16 +32,6 @@ def train(repo: Path, folder: Path, *arguments: object, killed: bool = False) ->
 
 def state(folder: Path) -> dict:
     return torch.load(folder / f"checkpoints/step-{STEPS:08d}/state.pt", weights_only=True)
-
-
-def differences(a, b, path="") -> list[str]:
-    """Paths at which two nests of plain values and tensors differ."""
-    if isinstance(a, dict):
-        return [d for k in a.keys() | b.keys() for d in differences(a.get(k), b.get(k), f"{path}/{k}")]
-    if isinstance(a, list | tuple):
-        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{path}/{i}")]
-    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    return [] if same else [path]
 
 
 def compare(interrupted: Path, uninterrupted: Path) -> None:

@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from slurm_cluster import Cluster, until
 from wandb_reader import history, records
 
 from lightning_t2i.loggers import read_lines
-from lightning_t2i.state_io import AtomicCheckpointIO, complete_checkpoints, newest
+from lightning_t2i.proof.compare import differences, final_state, logged
+from lightning_t2i.state_io import complete_checkpoints
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -65,29 +65,10 @@ def starts(run: Path) -> list[int]:
     return [start["step"] for start in json.loads((run / "env.json").read_text())["starts"]]
 
 
-def logged(run: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if k != "time"} for line in read_lines(run / "metrics.jsonl")]
-
-
-def result(run: Path) -> dict:
-    saved = AtomicCheckpointIO().load_checkpoint(newest(run / "checkpoints"))
-    return {key: saved[key] for key in ("state_dict", "t2i", "ScoredData", "global_step")}
-
-
-def differences(a, b, path: str = "") -> list[str]:
-    """Where two nests of plain values and tensors differ, in any bit."""
-    if isinstance(a, dict):
-        return [d for k in a.keys() | b.keys() for d in differences(a.get(k), b.get(k), f"{path}/{k}")]
-    if isinstance(a, list | tuple):
-        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{path}/{i}")]
-    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    return [] if same else [path]
-
-
 def test_two_nodes_train_one_run(cluster, whole) -> None:
     assert steps(whole) == [STEPS] and starts(whole) == [0]
     assert [line["step"] for line in logged(whole)] == list(range(1, STEPS + 1, 5))  # when both networks learn
-    counters = result(whole)["t2i"]["counters"]
+    counters = final_state(whole)["t2i"]["counters"]
     assert counters == {"step": STEPS, "micro": 0, "batches": 2 * STEPS, "samples": 16 * STEPS}
     output = next(text for f in cluster.folder.glob("*.out") if "(replicate, shard)" in (text := f.read_text()))
     assert "0:  strategy  FSDP2 on 2 x cpu (replicate, shard) = (1, 2)" in output
@@ -111,7 +92,7 @@ def test_a_preempted_job_is_requeued_and_ends_as_if_nothing_had_happened(cluster
     assert steps(run) == [stopped, STEPS] and (run / "finished").exists()
     assert [p.name for p in place.runs.glob(f"{job}*")] == [job]
 
-    assert differences(result(run), result(whole)) == []
+    assert differences(final_state(run), final_state(whole)) == []
     assert logged(run) == logged(whole)
     folders = sorted((run / "wandb").glob("offline-run-*"))
     identity = (run / "wandb_id").read_text()

@@ -17,7 +17,7 @@ from wandb_reader import history
 from lightning_t2i.cli import runs
 from lightning_t2i.cli.main import main
 from lightning_t2i.errors import UserError
-from lightning_t2i.loggers import read_lines
+from lightning_t2i.proof.compare import logged
 from lightning_t2i.state_io import AtomicCheckpointIO, newest
 
 CONFIG = {
@@ -44,10 +44,6 @@ def config(tmp_path, monkeypatch) -> Path:
 
 def fit(config: Path, *words: str) -> int:
     return main(["fit", "--config", str(config), *words])
-
-
-def without_time(file: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if k != "time"} for line in read_lines(file)]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -103,7 +99,7 @@ def test_the_folder_of_a_finished_run(config, tmp_path, capsys) -> None:
     resolved = yaml.safe_load((run / "config.yaml").read_text())
     assert resolved["model"]["init_args"]["dropout"] == 0.1  # defaults included
     assert environment["config_hash"] == runs.config_hash(resolved)
-    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [1, 6, 11]
+    assert [line["step"] for line in logged(run)] == [1, 6, 11]
     banner = capsys.readouterr().out
     for part in ("toy.Toy", "1 micro-batches", "from the beginning", "seed 3", "0 of 12", "report.md"):
         assert part in banner
@@ -119,7 +115,7 @@ def test_a_longer_training_goes_on_as_if_it_had_been_asked_for(config, tmp_path,
     assert fit(config, "--run", "parts", "--trainer.max_steps", "20") == 0
     assert "step-00000012" in capsys.readouterr().out
     whole, parts = tmp_path / "runs" / "whole", tmp_path / "runs" / "parts"
-    assert without_time(whole / "metrics.jsonl") == without_time(parts / "metrics.jsonl")
+    assert logged(whole) == logged(parts)
     a, b = weights(whole), weights(parts)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert json.loads((parts / "finished").read_text()) == {"step": 20}
@@ -171,15 +167,15 @@ def test_a_killed_run_ends_like_one_that_was_not(config, tmp_path, repo, kill_at
     assert fit(config) == 0
     assert fit(config, "--run", "whole", "--tracking.wandb", "off") == 0
     whole = tmp_path / "runs" / "whole"
-    assert without_time(run / "metrics.jsonl") == without_time(whole / "metrics.jsonl")
+    assert logged(run) == logged(whole)
     a, b = weights(run), weights(whole)
     assert all(torch.equal(a[k], b[k]) for k in a)
 
     folders = sorted((run / "wandb").glob("offline-run-*"))
     assert len(folders) == 2 and all(f.name.endswith(identity) for f in folders)
-    logged = {row["trainer/global_step"]: row["critic/loss"] for row in history(run / "wandb") if "critic/loss" in row}
-    expected = {line["step"]: line["critic/loss"] for line in read_lines(run / "metrics.jsonl")}
-    assert logged == pytest.approx(expected)
+    told = {row["trainer/global_step"]: row["critic/loss"] for row in history(run / "wandb") if "critic/loss" in row}
+    expected = {line["step"]: line["critic/loss"] for line in logged(run)}
+    assert told == pytest.approx(expected)
 
 
 def test_the_checkpoint_carries_the_wandb_id(config, tmp_path) -> None:
@@ -236,9 +232,9 @@ def test_two_processes_train_one_run_and_one_goes_on(config, tmp_path, repo, mon
     assert done.stdout.count("from the beginning") == 1
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["two", "two.1"]  # rank 0 alone moved it
     run = tmp_path / "runs" / "two"
-    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [1, 6]
+    assert [line["step"] for line in logged(run)] == [1, 6]
     assert fit(config, "--run", "two") == 0
-    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [1, 6, 11]
+    assert [line["step"] for line in logged(run)] == [1, 6, 11]
 
 
 # ---- validate, test, predict -----------------------------------------------------------------------------------------

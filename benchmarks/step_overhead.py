@@ -37,6 +37,8 @@ from lightning_t2i.method import MethodModule
 from lightning_t2i.networks.denoiser import Denoiser
 from lightning_t2i.options import GroupOptions, MethodOptions
 from lightning_t2i.processes import DDPM, Uniform
+from lightning_t2i.state_io import AtomicCheckpointIO
+from lightning_t2i.strategies import FSDP2
 
 BATCH, SHAPE, WIDTH, CLIP = 4, (4, 8, 8), 64, 1.0  # about the work per picture of the tiny teacher
 WARM_UP = 5  # steps before the first block: allocation, caches, optimizer states
@@ -152,7 +154,14 @@ class TakeTurns(L.Callback):
         self._start = time.perf_counter()
 
 
-def train(module: Ours, data: list[Batch], steps: int, callbacks: list[L.Callback], folder: Path) -> None:
+def train(
+    module: Ours,
+    data: list[Batch],
+    steps: int,
+    callbacks: list[L.Callback],
+    folder: Path,
+    strategy: FSDP2 | None = None,
+) -> None:
     """Fits with a Trainer that is set up as train.py sets it up."""
     trainer = L.Trainer(
         **TRAINER_DEFAULTS,
@@ -162,6 +171,8 @@ def train(module: Ours, data: list[Batch], steps: int, callbacks: list[L.Callbac
         enable_progress_bar=False,
         default_root_dir=folder,
         logger=False,
+        strategy=strategy or "auto",
+        plugins=None if strategy else [AtomicCheckpointIO()],
         callbacks=[Throughput(ThroughputOptions(flops=False)), *callbacks],
     )
     trainer.loggers = [JsonlLogger(folder / "metrics.jsonl", clock=Clock(trainer))]

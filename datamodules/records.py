@@ -175,7 +175,7 @@ class Shards:
         limit: keep only the first so many of them.
 
     Raises:
-        UserError: no such folder or split, a shard is missing, or no sample is left.
+        UserError: no such folder or split, a shard is missing or empty, or no sample is left.
     """
 
     def __init__(self, folder: Path, split: str, languages: Sequence[str] | None = None, limit: int | None = None):
@@ -192,9 +192,11 @@ class Shards:
             raise UserError("The data set has no such split", where="split", given=split, allowed=about["splits"])
         self.folder, self.split, self.name = folder, split, about["name"]
         self.index = Index.load(folder, split)
-        missing = [path for path in self.index.shards if not path.is_file()]
-        if missing:
-            raise UserError("A shard named by the index is missing", where=str(folder), given=missing[0])
+        for path in self.index.shards:
+            if not path.is_file() or path.stat().st_size == 0:
+                state = "empty" if path.is_file() else "missing"
+                fix = "copy the shard again, or write the data set anew"
+                raise UserError(f"A shard named by the index is {state}", where=str(folder), given=path, fix=fix)
         rows = np.arange(len(self.index))
         if languages is not None:
             rows = rows[self._speaks(languages)]

@@ -16,6 +16,9 @@ from lightning_t2i.batch import Batch, Records
 from lightning_t2i.errors import UserError
 from lightning_t2i.slurm import outlive_signals
 
+# What a change of a hash says of the data.
+MEANINGS = {"sha": ": its shards hold other samples", "rows": ": its filters leave other samples"}
+
 
 class _Loads(Dataset):
     """Batch number -> (records, bad samples met meanwhile); what DataLoader's workers run."""
@@ -209,7 +212,8 @@ class Streams(L.LightningDataModule):
             for key in sorted(facts.keys() | saved.keys() - {"cursor"}):
                 if facts.get(key) != saved.get(key):
                     raise UserError(
-                        f"'{key}' of the stream '{name}' is not what it was when the checkpoint was saved",
+                        f"'{key}' of the stream '{name}' is not what it was when the checkpoint was saved"
+                        + MEANINGS.get(key, ""),
                         where="data.seed" if key == "seed" else f"data.{name}",
                         given=facts.get(key),
                         allowed=str(saved.get(key)),

@@ -185,7 +185,7 @@ class DMD(MethodModule):
         assert not any(p.requires_grad for p in self.teacher.parameters()), "the teacher must stay frozen"
         if self.regression_weight or self.match_pairs:
             streams = self.trainer.datamodule.training
-            recipe = Teacher(self.source, revision=self.revision).recipe()
+            recipe = Teacher(self.source, revision=self.revision).recipe
             refuse_foreign_pairs(streams.get("pairs"), recipe, self.shape)
             self.pairs_per_sample = streams["pairs"].batch_size / streams["main"].batch_size
 

@@ -87,6 +87,7 @@ class Teacher(MethodModule):
 
     def recipe(self) -> dict[str, Any]:
         """What x0 depends on besides noise and condition."""
+        quantized = self.common.quantize
         return {
             "teacher": teacher_identity(self.network, self.revision),
             "process": self.process.to_config() if self.process else "the pipeline's",
@@ -96,7 +97,7 @@ class Teacher(MethodModule):
             "guidance": self.guidance,
             "embedded_guidance": self.embedded_guidance,
             "size": self.size or "the network's",
-            "precision": self.common.precision,
+            "precision": ", ".join([self.common.precision, *(f"{n} in {b}" for n, b in sorted(quantized.items()))]),
             "x0": "latent" if self._has("vae", "vqvae") else "image",
         }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lightning_t2i import rank0
 from lightning_t2i.batch import Cond, Records
 from lightning_t2i.errors import UserError
 from lightning_t2i.networks.build import save_pipeline
@@ -106,12 +107,12 @@ class Pipeline:
         save_pipeline(folder, denoiser, self.codec, self.text, [t for t in times if t is not None])
 
 
-def refuse_foreign_pairs(pairs: Any, recipe: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+def refuse_foreign_pairs(pairs: Any, recipe: Callable[[], Mapping[str, Any]], shape: tuple[int, ...]) -> None:
     """Refuses a stream that is not one of pairs, or whose pairs are not those of a teacher.
 
     Args:
         pairs: the stream `pairs` of the data, None if there is none.
-        recipe: `Teacher.recipe()` of the teacher; guidance and solver are not compared.
+        recipe: `Teacher.recipe` of the teacher, called on all processes; guidance and solver are not compared.
         shape: of one x0.
 
     Raises:
@@ -121,7 +122,9 @@ def refuse_foreign_pairs(pairs: Any, recipe: Mapping[str, Any], shape: tuple[int
         given = "null" if pairs is None else type(pairs).__name__
         raise UserError("This training needs the teacher's pairs", where="data.pairs", given=given, fix=PAIRS_FIX)
     about = json.loads((resolve(pairs.source) / "dataset.json").read_text(encoding="utf-8"))
-    theirs, ours = {**about["parameters"], "shape": tuple(about["shape"])}, {**recipe, "shape": tuple(shape)}
+    with rank0.alone(True):  # it hashes the teacher's files
+        ours = {**recipe(), "shape": tuple(shape)}
+    theirs = {**about["parameters"], "shape": tuple(about["shape"])}
     for name in ("x0", "shape", "teacher", "process", "prediction"):
         if theirs[name] != ours[name]:
             what = f"The pairs are not those of this teacher: '{name}' differs"

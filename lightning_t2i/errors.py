@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -37,6 +38,20 @@ class UserError(ValueError):
         if fix is not None:
             lines.append(f"  fix:     {fix}")
         super().__init__("\n".join(lines))
+
+
+_FIXES = {
+    errno.ENOSPC: "make room there; what was saved before is whole, and the same command goes on from it",
+    errno.EROFS: "write to another folder; LIGHTNING_T2I_RUNS=FOLDER holds runs",
+}
+_FIXES |= {errno.EDQUOT: _FIXES[errno.ENOSPC], errno.EACCES: _FIXES[errno.EROFS]}
+
+
+def of_the_disk(error: OSError) -> UserError | None:
+    """A full disk or a folder that may not be written, told as a user's error; None for any other error."""
+    if error.errno not in _FIXES:
+        return None
+    return UserError(str(error.strerror), where=error.filename, fix=_FIXES[error.errno])
 
 
 def closest(given: object, allowed: Iterable[object]) -> str | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lightning_t2i import rank0
 from lightning_t2i.errors import UserError
 
 
@@ -25,6 +26,10 @@ def folder_identity(source: str | Path, revision: str | None = None) -> str:
     folder = Path(source)
     if not folder.is_dir():
         return f"{source}@{revision or 'main'}"
+    return rank0.agreed(lambda: _hash_of(folder))
+
+
+def _hash_of(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
         if file.suffix not in {".json", ".safetensors", ".txt", ".model"}:

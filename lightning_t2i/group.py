@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_t2i.ema import Averages
+from lightning_t2i.optimizers import AdamW8bit, kind_of, parts_of, refuse_foreign
 from lightning_t2i.options import GroupOptions, Plain
-from lightning_t2i.state_io import full_tensor, load_tensor
+from lightning_t2i.state_io import Stored, full_tensor, load_tensor
 
 
 class Group:
@@ -37,23 +39,12 @@ class Group:
         if not self.names:
             raise ValueError(f"Group '{name}' has no trainable parameter")
         self.owns_all = len(self.names) == sum(1 for _ in network.parameters())
-        self.ema = self._twin() if options.ema else None
-        self.updates = self.averages = 0  # optimizer steps, EMA updates
-        # Kept once they are final, so that a step does not walk the module tree: the parameters; twin and weights.
-        self._final: list[nn.Parameter] | None = None
-        self._averaged: tuple[list[Tensor], list[Tensor]] | None = None
+        self.averages = Averages(f"{name}_ema", network, self.names, options.ema) if options.ema else None
+        self.ema = self.averages.twin if self.averages else None
+        self.updates = 0  # optimizer steps
+        self._final: list[nn.Parameter] | None = None  # kept once final, so that a step does not walk the module tree
         self.optimizer: torch.optim.Optimizer | None = None
         self.scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
-
-    def _twin(self) -> nn.Module:
-        """A copy of the network that shares all that others train; made before sharding, which forbids copies."""
-        trained = set(self.names)
-        shared = {id(p): p for n, p in self.network.named_parameters() if n not in trained}
-        twin = copy.deepcopy(self.network, memo=shared).eval()
-        for name, parameter in twin.named_parameters():
-            if name in trained:  # what is shared may be trained by another group
-                parameter.requires_grad_(False)
-        return twin
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -96,22 +87,12 @@ class Group:
 
     @torch.no_grad()
     def average(self, step: int) -> None:
-        """Moves the EMA twin towards the weights, on local shards (EMA: arXiv 1412.6980 section 7.2)."""
-        if self.ema is None or self.options.ema is None:
+        """Moves the averages towards the weights, and gives the twin the network's buffers."""
+        if self.averages is None:
             return
-        ema, n = self.options.ema, self.averages
-        decay = min(ema.decay, (1 + n) / (10 + n)) if ema.warmup else ema.decay
-        if self._averaged is None:
-            twin = dict(self.ema.named_parameters())
-            self._averaged = [_local(twin[name]) for name in self.names], [_local(p) for p in self.parameters]
-        averages, weights = self._averaged
-        if step < ema.start:
-            torch._foreach_copy_(averages, weights)
-        else:
-            torch._foreach_lerp_(averages, weights, 1 - decay)
-            self.averages += 1
+        self.averages.update(self.parameters, step)
         if self.owns_all:
-            for target, source in zip(self.ema.buffers(), self.network.buffers(), strict=True):
+            for target, source in zip(self.averages.twin.buffers(), self.network.buffers(), strict=True):
                 target.copy_(source)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -124,40 +105,61 @@ class Group:
             if self.owns_all:
                 persistent = network.state_dict(keep_vars=True).keys()
                 yield from ((f"{prefix}.{n}", b) for n, b in network.named_buffers() if n in persistent)
+        if self.averages is not None:
+            yield from self.averages.named_others()
 
-    def state(self) -> Plain:
-        """Optimizer state keyed by parameter names, whole tensors on the CPU; a collective call when sharded."""
+    def state(self, take: Callable[[Tensor], Any] = full_tensor) -> Plain:
+        """Optimizer state keyed by parameter names, whole tensors on the CPU; a collective call when sharded.
+
+        Args:
+            take: what is kept of a tensor, see `Saved.take`.
+        """
         assert self.optimizer is not None
-        per_parameter = {}
-        for name, parameter in zip(self.names, self.parameters, strict=True):
-            entries = self.optimizer.state.get(parameter, {})
-            per_parameter[name] = {k: full_tensor(v) if isinstance(v, Tensor) else v for k, v in entries.items()}
+        found = {n: self.optimizer.state.get(p, {}) for n, p in zip(self.names, self.parameters, strict=True)}
+        if isinstance(self.optimizer, AdamW8bit):
+            found = self.optimizer.gathered(found)
         settings = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         return {
             "updates": self.updates,
-            "averages": self.averages,
-            "optimizer": type(self.optimizer).__name__,
-            "states": per_parameter,
+            "averages": self.averages.count if self.averages else 0,
+            "optimizer": kind_of(self.optimizer),
+            "parts": parts_of(self.optimizer),
+            "states": {n: {k: take(v) if isinstance(v, Tensor) else v for k, v in e.items()} for n, e in found.items()},
             "settings": settings,
             "schedule": self.scheduler.state_dict() if self.scheduler else None,
         }
 
-    def load(self, state: Plain) -> None:
-        """Restores what `state` returned, onto any mesh."""
+    def load(self, state: Plain, reset: bool = False) -> None:
+        """Restores what `state` returned, onto any mesh but for 8-bit states, see `AdamW8bit.parts`.
+
+        Args:
+            reset: start the optimizer's states anew; counts, learning rate and schedule go on.
+
+        Raises:
+            UserError: the states do not fit this optimizer or its number of shards.
+        """
         assert self.optimizer is not None
-        self.updates, self.averages = state["updates"], state["averages"]
-        for name, parameter in zip(self.names, self.parameters, strict=True):
-            self.optimizer.state[parameter] = {
-                k: load_tensor(v, parameter) if isinstance(v, Tensor) else v for k, v in state["states"][name].items()
-            }
+        self.updates = state["updates"]
+        if self.averages is not None:
+            self.averages.count = state["averages"]
+        if not reset:
+            refuse_foreign(self.name, state, self.optimizer)
+            self._load_states(state["states"])
         for group, saved in zip(self.optimizer.param_groups, state["settings"], strict=True):
-            group.update(saved)
+            group.update({k: v for k, v in saved.items() if not reset or k in ("lr", "initial_lr")})
         if self.scheduler is not None and state["schedule"] is not None:
             self.scheduler.load_state_dict(state["schedule"])
 
+    def _load_states(self, states: dict[str, Plain]) -> None:
+        optimizer = self.optimizer
+        assert optimizer is not None
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            entries, like = states[name], parameter
+            if isinstance(optimizer, AdamW8bit):
+                entries, like = optimizer.mine(entries), optimizer.inside(parameter)
+            optimizer.state[parameter] = {
+                k: load_tensor(v, like) if isinstance(v, Tensor | Stored) else v for k, v in entries.items()
+            }
+
     def learning_rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"]) if self.optimizer else math.nan
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -22,30 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_t2i.batch import Batch
+from lightning_t2i.building import once, place_frozen
 from lightning_t2i.counters import Counters, advance_global_step
 from lightning_t2i.errors import UserError
-from lightning_t2i.frozen import freeze
 from lightning_t2i.group import Group
 from lightning_t2i.guards import stop_unless_finite
 from lightning_t2i.keys import Keys
 from lightning_t2i.options import GroupOptions, MethodOptions, Plain
 from lightning_t2i.protocols import Generates
+from lightning_t2i.quantization import refuse_quantized
 from lightning_t2i.saved import Saved
 from lightning_t2i.strategies.fsdp2 import mesh_of
-from lightning_t2i.strategies.sharding import compile_blocks, set_gradient_sync, shard_frozen, shard_network
-
-
-def _once(build: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Lightning calls `configure_model` again on every entry: build once, from weights that only the seed decides."""
-
-    @functools.wraps(build)
-    def configure_model(self: MethodModule) -> None:
-        if self.groups or self.frozen_identities:
-            return
-        self.keys.seed_globals()
-        build(self)
-
-    return configure_model
+from lightning_t2i.strategies.sharding import compile_blocks, set_gradient_sync, shard_network
 
 
 def _as_training_step(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,6 +61,8 @@ class MethodModule(Saved):
         common: seed, accumulation, precision and the other options that every method shares.
     """
 
+    quantizes = True  # False builds whole networks where `common.quantize` is set, for an export
+
     def __init__(self, common: MethodOptions | None = None):
         super().__init__()
         self.common = common or MethodOptions()
@@ -89,36 +79,28 @@ class MethodModule(Saved):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name, wrap in (("configure_model", _once), ("training_step", _as_training_step)):
+        for name, wrap in (("configure_model", once), ("training_step", _as_training_step)):
             if name in vars(cls):
                 setattr(cls, name, wrap(vars(cls)[name]))
 
     # ---- what a method calls -------------------------------------------------------------------------------------
 
     def add_group(
-        self,
-        name: str,
-        network: nn.Module,
-        options: GroupOptions,
-        parameters: Callable[[str], bool] | None = None,
+        self, name: str, network: nn.Module, options: GroupOptions, parameters: Callable[[str], bool] | None = None
     ) -> nn.Module:
         """Registers a trained network as `self.<name>`; its EMA twin is `self.groups[name].ema`.
 
         Build every network of the method first, copies included: this call shards, and a sharded network cannot be
         copied.
         """
+        refuse_quantized(name, network)
         group = self.groups[name] = Group(name, network, options, parameters)
         mesh = mesh_of(self)
         if self.common.precision == "bf16" and mesh is None:
-            raise UserError(
-                "bf16 training needs the FSDP2 strategy, which keeps float32 master weights",
-                where="model.common.precision",
-                given="bf16",
-                fix="base: [../trainer/gpu.yaml], which runs FSDP2 with one process",
-            )
-        for member in (network, group.ema):
-            if member is None:
-                continue
+            what = "bf16 training needs the FSDP2 strategy, which keeps float32 master weights"
+            fix = "base: [../trainer/gpu.yaml], which runs FSDP2 with one process"
+            raise UserError(what, where="model.common.precision", given="bf16", fix=fix)
+        for member in [network] if group.ema is None else [network, group.ema]:
             if self.common.compile == "blocks":
                 compile_blocks(member)
             if mesh is not None:
@@ -135,10 +117,9 @@ class MethodModule(Saved):
             identity: `folder_identity` of where its weights come from; the checkpoint records it.
             dtype: own precision of its weights.
         """
-        freeze(network, dtype)
-        if (mesh := mesh_of(self)) is not None:
-            shard_frozen(network, mesh)
-        self.frozen_identities[name] = identity
+        bits = self.common.quantize.get(name)
+        place_frozen(network, dtype, mesh_of(self), bits if self.quantizes else None)
+        self.frozen_identities[name] = f"{identity} in {bits}" if bits else identity
         self.add_module(name, network)
         return network
 

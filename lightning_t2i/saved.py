@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
+from torch import Tensor
 
 from lightning_t2i.counters import Counters
 from lightning_t2i.errors import UserError
@@ -25,10 +26,12 @@ class Saved(L.LightningModule):
     groups: dict[str, Group]
     frozen_identities: dict[str, str]
     _pending: Plain | None  # optimizer states that came before their optimizers
+    reset_optimizer: bool = False  # a load leaves the states of the optimizers where they are: at their beginning
+    take: Callable[[Tensor], Any] = staticmethod(full_tensor)  # what is kept of a tensor; `Saving` has its own
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Whole tensors of all that training changes; a collective call when sharded."""
-        return {name: full_tensor(t) for group in self.groups.values() for name, t in group.tensors()}
+        return {name: self.take(t) for group in self.groups.values() for name, t in group.tensors()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Restores what `state_dict` returned, onto any mesh.
@@ -53,7 +56,7 @@ class Saved(L.LightningModule):
         checkpoint["t2i"] = {
             "format": FORMAT,
             "counters": self.counters.state(),
-            "groups": {name: group.state() for name, group in self.groups.items()},
+            "groups": {name: group.state(self.take) for name, group in self.groups.items()},
             "frozen": dict(self.frozen_identities),
             "seed": self.common.seed,
         }
@@ -73,5 +76,5 @@ class Saved(L.LightningModule):
 
     def _load_groups(self, groups: Plain) -> None:
         for name, group in self.groups.items():
-            group.load(groups[name])
+            group.load(groups[name], self.reset_optimizer)
         self._pending = None

@@ -1,7 +1,8 @@
-"""Checkpoints: whole tensors on any mesh, folders that are complete or absent, files that run no code when read.
+"""Checkpoints: one state on any mesh, folders that are complete or absent, files that run no code when read.
 
 A checkpoint is a folder `step-00001000` with `state.pt` (tensors and plain types only) and `complete.json`, which is
-written last. The folder is built under a hidden name beside its final place, flushed to disk and renamed.
+written last and names the other files with their sizes. The folder is built under a hidden name beside its final place,
+flushed to disk and renamed. In the sharded form the tensors are in files beside `state.pt`, see checkpoints/sharded.py.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lightning_t2i.checkpoints.ranks import ALONE, Ranks
 from lightning_t2i.errors import UserError
 
 STATE, MARKER = "state.pt", "complete.json"
@@ -28,20 +33,41 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().clone()
 
 
-def load_tensor(saved: Tensor, like: Tensor) -> Tensor:
-    """`saved` (whole) on the device and mesh of `like`; values of another shape (step counts) stay on the CPU."""
-    if saved.shape != like.shape or saved.dim() == 0:
-        return saved.clone()
+class Stored(ABC):
+    """A tensor in the files of a checkpoint, of which every process reads what it needs."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @abstractmethod
+    def into(self, target: Tensor) -> None:
+        """Overwrites a tensor of the same shape, on any device and mesh; reads this process's part of it alone."""
+
+    def whole(self) -> Tensor:
+        """All of it, on the CPU."""
+        self.into(target := torch.empty(self.shape, dtype=self.dtype))
+        return target
+
+
+def load_tensor(saved: Tensor | Stored, like: Tensor) -> Tensor:
+    """`saved` on the device and mesh of `like`; values of another shape (step counts) stay on the CPU."""
+    if saved.shape != like.shape or like.dim() == 0:
+        return saved.whole() if isinstance(saved, Stored) else saved.clone()
+    if isinstance(saved, Stored):
+        saved.into(target := torch.empty_like(like, dtype=saved.dtype, requires_grad=False))
+        return target
     if not isinstance(like, DTensor):
         return saved.to(like.device, copy=True)
     moved = saved.to(like.device_mesh.device_type)
     return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def copy_into(target: Tensor, saved: Tensor) -> None:
-    """Overwrites `target` (any mesh) with `saved` (whole)."""
+def copy_into(target: Tensor, saved: Tensor | Stored) -> None:
+    """Overwrites `target` (any mesh) with `saved`."""
     with torch.no_grad():
-        if isinstance(target, DTensor):
+        if isinstance(saved, Stored):
+            saved.into(target)
+        elif isinstance(target, DTensor):
             target.to_local().copy_(load_tensor(saved, target).to_local())
         else:
             target.copy_(saved)
@@ -59,42 +85,94 @@ def flush(path: Path) -> None:
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file so that readers see the old content or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    flush(temporary)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(data)
+        flush(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     flush(path.parent)
+
+
+def write_state(state: dict[str, Any], folder: Path) -> None:
+    """Writes `state.pt` and waits until it is on the disk."""
+    with (folder / STATE).open("wb") as stream:  # given a path, torch calls a full disk a wrong position
+        try:
+            torch.save(state, stream)
+        except RuntimeError as error:  # which it does as well where it ends a file of which a part is missing
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+    flush(folder / STATE)
+
+
+def write_folder(path: Path, step: int, form: str, fill: Callable[[Path], None], ranks: Ranks = ALONE) -> None:
+    """Builds a checkpoint folder under a hidden name and renames it when all is on the disk.
+
+    An error leaves every earlier checkpoint untouched and is raised on every rank.
+
+    Args:
+        fill: writes the files into a folder and flushes them; called on every rank.
+        ranks: who writes; rank 0 makes, marks and renames the folder.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+
+    def begin() -> None:
+        if ranks.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+
+    def finish() -> None:
+        if ranks.rank == 0:
+            files = {p.name: p.stat().st_size for p in sorted(temporary.iterdir())}
+            marker = {"step": step, "form": form, "files": files}
+            write_atomically(temporary / MARKER, json.dumps(marker).encode())
+            if path.exists():
+                remove(path)
+            os.replace(temporary, path)
+            flush(path.parent)
+
+    try:
+        ranks.gather(begin)
+        fill(temporary)
+        ranks.gather(finish)
+    except BaseException as error:
+        if ranks.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)
+        raise
+
+
+def remove(path: Path) -> None:
+    """Removes a checkpoint; the marker goes first, so that a half-removed folder never looks complete."""
+    (path / MARKER).unlink(missing_ok=True)
+    shutil.rmtree(path)
 
 
 class AtomicCheckpointIO(CheckpointIO):
     """Lightning's plug-in for the files; `trainer.save_checkpoint(folder)` and `fit(ckpt_path=folder)` use it."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Writes a checkpoint folder; an error leaves every earlier checkpoint untouched and is raised."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        try:
-            torch.save(checkpoint, temporary / STATE)
-            flush(temporary / STATE)
-            step = int(checkpoint.get("global_step", 0))
-            write_atomically(
-                temporary / MARKER,
-                json.dumps({"step": step, "bytes": (temporary / STATE).stat().st_size, "form": "single"}).encode(),
-            )
-            if path.exists():
-                self.remove_checkpoint(path)
-            os.replace(temporary, path)
-            flush(path.parent)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        """Writes a checkpoint folder; an error leaves every earlier checkpoint untouched and is raised.
+
+        Args:
+            storage_options: a `Saving` decides about form and time; None writes the single-file form at once.
+        """
+        if storage_options is not None:
+            storage_options.save(checkpoint, Path(path))
+        else:
+            write_folder(Path(path), int(checkpoint.get("global_step", 0)), "single", partial(write_state, checkpoint))
 
     def load_checkpoint(
-        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True, whole: bool = True
     ) -> dict[str, Any]:
-        """Reads a complete checkpoint folder without running code from it.
+        """Reads a complete checkpoint folder of any form without running code from it.
+
+        Args:
+            whole: read all tensors; else those of the sharded form stay in their files as `Stored`.
 
         Raises:
             UserError: the folder is not a complete checkpoint of this repository.
@@ -106,20 +184,30 @@ class AtomicCheckpointIO(CheckpointIO):
                 allowed=f"a folder with {STATE} and {MARKER}",
                 fix="name a folder under runs/NAME/checkpoints, or train from the start with --fresh",
             )
-        return torch.load(Path(path) / STATE, map_location=map_location, weights_only=True)
+        state = torch.load(Path(path) / STATE, map_location=map_location, weights_only=True)
+        if read_marker(Path(path))["form"] == "sharded":
+            from lightning_t2i.checkpoints.sharded import joined  # takes a while to import
+
+            return joined(state, Path(path), whole)
+        return state
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Removes a checkpoint; the marker goes first, so that a half-removed folder never looks complete."""
-        (Path(path) / MARKER).unlink(missing_ok=True)
-        shutil.rmtree(path)
+        remove(Path(path))
+
+
+def read_marker(path: Path) -> dict[str, Any]:
+    """Step, form and {file: bytes} of a checkpoint folder, as its marker tells them."""
+    marker = json.loads((path / MARKER).read_text())
+    # Checkpoints of the first format told one size.
+    return {"form": "single", **marker, "files": marker.get("files") or {STATE: marker["bytes"]}}
 
 
 def is_complete(path: Path) -> bool:
-    """Whether a folder holds a finished checkpoint of the size that its marker names."""
+    """Whether a folder holds a finished checkpoint: every file of the size that the marker names."""
     try:
-        marker = json.loads((path / MARKER).read_text())
-        return (path / STATE).stat().st_size == marker["bytes"]
-    except (OSError, ValueError, KeyError):
+        files = read_marker(path)["files"]
+        return STATE in files and all((path / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
 
 
@@ -128,7 +216,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [p for p in folder.iterdir() if not p.name.startswith(".") and is_complete(p)]
-    return sorted(found, key=lambda p: json.loads((p / MARKER).read_text())["step"])
+    return sorted(found, key=lambda p: read_marker(p)["step"])
 
 
 def newest(folder: Path) -> Path | None:
@@ -138,7 +226,8 @@ def newest(folder: Path) -> Path | None:
 
 
 def clean_leftovers(folder: Path) -> None:
-    """Removes what a killed process left behind; for rank 0, before the first save."""
+    """Removes what a killed process left behind, half-written or half-removed; for rank 0, before the first save."""
     if folder.is_dir():
-        for path in folder.glob(".*.tmp"):
+        unmarked = (path for path in folder.glob("step-*") if path.is_dir() and not (path / MARKER).exists())
+        for path in [*folder.glob(".*.tmp"), *unmarked]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

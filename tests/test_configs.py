@@ -1,5 +1,7 @@
 """Every shipped config parses and stays short; paper-scale networks have their published sizes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import yaml
@@ -8,6 +10,8 @@ from lightning_t2i.cli.configs import merge
 from lightning_t2i.cli.session import Session
 from lightning_t2i.networks.load import build_network
 from lightning_t2i.paths import ROOT
+from lightning_t2i.preflight.world import World
+from lightning_t2i.strategies import FSDP2
 
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml"))
 RUNNABLE = [p for p in CONFIGS if p.parent.name not in ("trainer", "data")]
@@ -70,6 +74,28 @@ def test_paper_scale_memory_per_process(session, name, capsys):
     with capsys.disabled():
         print(f"\n{name}: {weights / 1e6:.0f} M parameters, {gibibytes:.1f} GiB of state per process ({mesh})")
     assert gibibytes < 80
+
+
+TRAINERS = {"cpu": None, "gpu": (1, 1), "ddp": (8, 1), "fsdp": (1, 8), "hsdp": (2, 8)}  # meshes on nodes of 8 devices
+METHODS = ("classifier", "clip", "diffusion", "dmd", "dmd2", "tokenizer")
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_takes_every_trainer_by_one_base_line(session, tmp_path, method, trainer):
+    bases = [str(ROOT / f"configs/{name}.yaml") for name in (f"{method}/tiny", f"trainer/{trainer}")]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"base": bases}))
+    config = session.parse(merge([tmp_path / "mine.yaml"], [("trainer.accelerator", "cpu")]), "fit")
+    facts, common = config["trainer"], config["model"]["init_args"]["common"] or {}
+    strategy = facts["strategy"]
+    facts["strategy"] = FSDP2(**strategy["init_args"]) if isinstance(strategy, dict) else strategy
+    facts["accelerator"] = "cpu" if trainer == "cpu" else "gpu"
+    world = World.of(SimpleNamespace(**facts))
+    assert world.mesh == TRAINERS[trainer]
+    assert common.get("precision", "fp32") == ("fp32" if trainer == "cpu" else "bf16")
+    assert (
+        facts["max_steps"] == yaml.safe_load((ROOT / f"configs/{method}/tiny.yaml").read_text())["trainer"]["max_steps"]
+    )
 
 
 def test_no_config_repeats_anothers_values():

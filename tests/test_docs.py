@@ -32,7 +32,7 @@ DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 TUTORIAL = ROOT / "docs" / "add-a-method.md"
 LONG = "LIGHTNING_T2I_LONG_TESTS"  # environment variable
 GAP = 0.5  # of the tutorial's student after 30 steps, below it; before the first step it is above
-RUN_VERBS = {"setup", "lint", "test", "--help"}  # of ./run itself
+RUN_VERBS = {"setup", "lint", "test", "slurm-test", "proof", "--help"}  # of ./run itself
 USERS = ("my_", "my-", "your")  # names that a page invents for its reader's own files
 
 by_name = pytest.mark.parametrize("file", DOCUMENTS, ids=lambda f: f.name)

@@ -14,7 +14,7 @@ from lightning_t2i.protocols import Exports
 
 
 def export(request: Request) -> int:
-    """Writes `train.py export OUT --run NAME [--ckpt_path FOLDER]`: the averaged weights of a checkpoint.
+    """Writes `train.py export OUT --run NAME [--ckpt_path FOLDER] [--ema NAME]`: averaged weights of a checkpoint.
 
     `train.py export OUT --from-edm FILE` needs no run: it converts a network snapshot of EDM.
 
@@ -39,7 +39,8 @@ def export(request: Request) -> int:
     folder = runs.runs_root() / runs.run_name(request.run, request.configs)
     session.build(folder, [], [])
     method, data, name = session.method, session.data, type(session.method).__name__
-    checkpoint, state = restore(method, folder, request.ckpt_path)
+    method.quantizes = False  # a stock folder holds whole weights
+    checkpoint, state = restore(method, folder, request.ckpt_path, request.ema)
     if not isinstance(method, Exports):
         raise UserError("This method has nothing to export", where="model.class_path", given=name)
     data.prepare_data()

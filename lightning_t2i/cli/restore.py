@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+import lightning as L
 
 from lightning_t2i.cli.configs import merge
 from lightning_t2i.cli.session import Session, quiet
 from lightning_t2i.errors import UserError
 from lightning_t2i.method import MethodModule
+from lightning_t2i.posthoc import use_average
 from lightning_t2i.state_io import AtomicCheckpointIO, newest
 
 
-def restore(method: MethodModule, run: Path, checkpoint: Path | None = None) -> tuple[Path, dict[str, Any]]:
+def restore(
+    method: MethodModule, run: Path, checkpoint: Path | None = None, ema: str | None = None
+) -> tuple[Path, dict[str, Any]]:
     """Builds the networks of a method and gives them the weights of a checkpoint; eval mode.
 
     Args:
         run: run folder; its newest checkpoint is taken where none is named.
+        ema: the average that twins get, see `use_average`; None is the first of each group.
 
     Returns:
         The checkpoint's folder and its state.
 
     Raises:
-        UserError: there is no complete checkpoint.
+        UserError: there is no complete checkpoint, or no such average.
     """
     found = checkpoint or newest(run / "checkpoints")
     if found is None:
@@ -31,8 +37,26 @@ def restore(method: MethodModule, run: Path, checkpoint: Path | None = None) -> 
     method.configure_model()
     method.on_load_checkpoint(state)
     method.load_state_dict(state["state_dict"])
+    if ema is not None:
+        use_average(method.groups.values(), ema, run / "ema", method.counters.step)
     method.eval()
     return found, state
+
+
+class UseAverage(L.Callback):
+    """Evaluates another average than the first of each group.
+
+    Args:
+        label, run: see `use_average` and `restore`.
+    """
+
+    def __init__(self, label: str, run: Path):
+        self.label, self.run = label, run
+
+    def _use(self, trainer: L.Trainer, pl_module: Any) -> None:
+        use_average(pl_module.groups.values(), self.label, self.run / "ema", pl_module.counters.step)
+
+    on_validation_start = on_test_start = on_predict_start = _use
 
 
 def constructed(config: Path) -> MethodModule:
@@ -44,14 +68,15 @@ def constructed(config: Path) -> MethodModule:
     return session.method
 
 
-def trained(run: Path, weights: Literal["ema", "raw"] = "ema") -> MethodModule:
+def trained(run: Path, weights: str = "ema") -> MethodModule:
     """The method of a run folder with the weights of its newest checkpoint, in eval mode.
 
     Args:
-        weights: "ema" samples from the averaged weights as the method does, "raw" from those of the last step.
+        weights: "ema" samples from the averaged weights as the method does, "raw" from those of the last step; else an
+            average of `use_average`.
     """
     method = constructed(run / "config.yaml")
-    restore(method, run)
+    restore(method, run, ema=None if weights in ("ema", "raw") else weights)
     if weights == "raw":
         for group in method.groups.values():
             group.ema = None  # `generator_of` then gives the weights themselves

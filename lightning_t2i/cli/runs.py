@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from lightning_t2i import __version__
+from lightning_t2i.checkpoints.mirror import on_a_disk
 from lightning_t2i.cli.configs import flatten
 from lightning_t2i.errors import UserError
 from lightning_t2i.paths import ROOT
@@ -62,12 +63,13 @@ class Run:
 
 
 def runs_root() -> Path:
-    return Path(os.environ.get("LIGHTNING_T2I_RUNS", "runs"))
+    return on_a_disk(os.environ.get("LIGHTNING_T2I_RUNS", "runs"), "LIGHTNING_T2I_RUNS")
 
 
 def run_name(explicit: str | None, configs: list[Path]) -> str:
     """`--run`, else the id of the SLURM job (of an array's task), else the last config's name."""
     if explicit is not None:
+        on_a_disk(explicit, "--run")
         if not explicit or Path(explicit).name != explicit:
             raise UserError("A run's name must be a single folder name", where="--run", given=explicit)
         return explicit

@@ -239,13 +239,15 @@ def _without_unnamed(config: Any) -> Any:
     return [_without_unnamed(v) for v in config] if isinstance(config, list) else config
 
 
-def _not_the_missing_kernel(record: logging.LogRecord) -> bool:
-    return "gemm_4bit_forward" not in record.getMessage()  # an optional speed-up that nothing here needs
+def _of_interest(record: logging.LogRecord) -> bool:
+    """Not an optional kernel that nothing here needs, nor int8's own half precision at every call."""
+    return not any(text in record.getMessage() for text in ("gemm_4bit_forward", "inputs will be cast from"))
 
 
 def quiet(debug: bool = False) -> None:
     """Hides what the libraries say of our deliberate choices; the banner tells the rest."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_not_the_missing_kernel)
+    for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+        logging.getLogger(name).addFilter(_of_interest)
     for message in HARMLESS:
         warnings.filterwarnings("ignore", message=message)
     if not debug:

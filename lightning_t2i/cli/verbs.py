@@ -18,6 +18,7 @@ from lightning_t2i.cli.configs import merge, show
 from lightning_t2i.cli.main import Request, usage
 from lightning_t2i.cli.predictions import output
 from lightning_t2i.cli.record import Record
+from lightning_t2i.cli.restore import UseAverage
 from lightning_t2i.cli.session import Session, quiet
 from lightning_t2i.errors import UserError, closest
 from lightning_t2i.loggers import Clock, JsonlLogger, TrackingOptions, build_loggers
@@ -86,11 +87,17 @@ def fit(request: Request) -> int:
     trainer = session.build(folder, [], [Record(folder, runs.config_hash(config))])
     fresh = request.fresh and not restarted()
     run = runs.begin(folder, config, fresh)  # everything that can be refused before is built by now
+    if request.reset_optimizer and not restarted():
+        if run.resume is None:
+            raise UserError("There is no checkpoint to go on from", where="--reset_optimizer", given=str(folder))
+        session.method.reset_optimizer = True
     tracking = TrackingOptions(wandb="off") if rehearsal else session.config_init.tracking
     if not rehearsal:
         trainer.loggers = build_loggers(folder, tracking, config, run.step, Clock(trainer))
     if trainer.is_global_zero:
         print(banner(session, run, tracking), flush=True)
+        if session.method.reset_optimizer:
+            print("optimizer states start anew; weights, EMA and counters go on", flush=True)
     with told(), session.preemption:
         trainer.fit(session.method, session.data, ckpt_path=run.resume and str(run.resume), weights_only=True)
     if trainer.is_global_zero and not rehearsal and not session.preemption.requeues:
@@ -114,7 +121,10 @@ def _evaluate(request: Request) -> int:
     if checkpoint is None and request.run is not None:
         raise UserError("The run has no complete checkpoint", where="--run", given=request.run, fix="fit it first")
     predicts = request.verb == "predict"
-    trainer = session.build(folder, [], [output(session.data, folder)] if predicts else [])
+    callbacks: list[Any] = [output(session.data, folder)] if predicts else []
+    if request.ema is not None:
+        callbacks.append(UseAverage(request.ema, folder))
+    trainer = session.build(folder, [], callbacks)
     trainer.loggers = [JsonlLogger(folder / f"{request.verb}.jsonl", clock=Clock(trainer))]
     if trainer.is_global_zero:
         print(banner(session, runs.Run(folder, checkpoint), TrackingOptions(wandb="off")), flush=True)

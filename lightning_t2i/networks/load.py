@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_t2i import rank0
 from lightning_t2i.errors import UserError
 from lightning_t2i.networks.backbones import is_told_size
 from lightning_t2i.networks.codec import factor_of
@@ -65,10 +66,12 @@ def read_json(path: str | Path, name: str, revision: str | None = None) -> dict[
     try:
         return json.loads(Path(huggingface_hub.hf_hub_download(place, name, revision=revision)).read_text("utf-8"))
     except LocalEntryNotFoundError as error:
+        if _is_whole(place, name, revision):
+            return None
         raise UserError(
             "The model is not in the local cache and the hub cannot be reached",
-            given=place,
-            fix="download it on a machine with access and give the folder",
+            given=f"{place} at {revision or 'the default revision'}",
+            fix="python train.py check --fetch --config FILE on a machine with access, or give a local folder",
         ) from error
     except EntryNotFoundError:
         return None
@@ -78,6 +81,18 @@ def read_json(path: str | Path, name: str, revision: str | None = None) -> dict[
             given=f"{place} at {revision or 'the default revision'}",
             fix="check the id and accept its licence with your account, or give a local folder",
         ) from error
+
+
+def _is_whole(repository: str, name: str, revision: str | None) -> bool:
+    """Whether the local cache holds a file wherever the repository has it: offline, what is not there is no error."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        huggingface_hub.snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=[name])
+    except LocalEntryNotFoundError:
+        return False
+    return True
 
 
 def model_index(path: str | Path, revision: str | None = None) -> dict[str, Any]:
@@ -132,6 +147,8 @@ def load_model(
 ) -> nn.Module:
     """A diffusers or transformers model of a folder or hub id, in eval mode, all parameters in `torch_dtype`.
 
+    Where rank 0 reads for all processes, those of the others are on meta, see lightning_t2i/rank0.py.
+
     Raises:
         UserError: the component is missing.
     """
@@ -139,6 +156,8 @@ def load_model(
     if config is None:
         known = [k for k, v in model_index(path, revision).items() if isinstance(v, list)]
         raise UserError("The pipeline has no such component", where=str(path), given=subfolder, allowed=known)
+    if not rank0.reads():
+        return rank0.without_weights(lambda: build_network(config)).to(torch_dtype).eval()
     cls = model_class(config)
     # transformers would keep the saved precision: both libraries are asked explicitly.
     dtype = {"torch_dtype": torch_dtype} if "_class_name" in config else {"dtype": torch_dtype}

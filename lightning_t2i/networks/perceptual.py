@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
+from lightning_t2i import rank0
 from lightning_t2i.errors import UserError
 from lightning_t2i.frozen import folder_identity
 from lightning_t2i.networks.classifier import CONFIG, WEIGHTS, Scores, save_network
@@ -109,12 +110,14 @@ class LPIPS(nn.Module):
         path, network = resolve(file), cls(layout, resize, average_pool)
         if not path.is_file():
             raise UserError("There are no LPIPS weights here", where="lpips", given=file, fix=DOWNLOAD)
-        wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
-        weights = {name: tensor.to(torch.float32) for name, tensor in load_file(str(path)).items()}
-        if {name: tensor.shape for name, tensor in weights.items()} != wanted:
-            raise UserError(f"The file does not hold LPIPS weights of the layout {layout}", given=file, fix=DOWNLOAD)
-        network.load_state_dict(weights)
-        network.identity = f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+        if rank0.reads():
+            wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
+            weights = {name: tensor.to(torch.float32) for name, tensor in load_file(str(path)).items()}
+            if {name: tensor.shape for name, tensor in weights.items()} != wanted:
+                what = f"The file does not hold LPIPS weights of the layout {layout}"
+                raise UserError(what, given=file, fix=DOWNLOAD)
+            network.load_state_dict(weights)
+        network.identity = rank0.agreed(lambda: f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}")
         return network.eval().requires_grad_(False)
 
     def stages(self, images: Tensor) -> list[Tensor]:
@@ -225,6 +228,7 @@ class PerceptualNetwork(nn.Module):
                 fix="assets/tiny/classifier is for metrics only",
             )
         network = cls(PerceptualConfig(**{**facts, "widths": tuple(facts["widths"])}))
-        network.load_state_dict({name: t.to(torch.float32) for name, t in load_file(str(path / WEIGHTS)).items()})
+        if rank0.reads():
+            network.load_state_dict({name: t.to(torch.float32) for name, t in load_file(str(path / WEIGHTS)).items()})
         network.identity = folder_identity(path)
         return network.eval().requires_grad_(False)

@@ -7,20 +7,23 @@ from datetime import timedelta
 from typing import Any
 
 import lightning as L
+import torch.distributed as dist
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.strategy import Strategy
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _get_default_store
 
 from lightning_t2i.errors import UserError
 from lightning_t2i.state_io import AtomicCheckpointIO
+from lightning_t2i.strategies import roll_call
 
 
 class FSDP2(ModelParallelStrategy):
     """Data parallelism over replicate x shard processes; weights are cut into `shard` parts.
 
     shard = 1 is what DDP does, replicate = 1 is fully sharded, both above 1 is hybrid sharding. Networks are sharded
-    where a method adds them, each as a root of its own; checkpoints hold whole tensors under parameter names.
+    where a method adds them, each as a root of its own; checkpoints know tensors by names, whatever the mesh.
 
     Args:
         replicate: number of copies; null: world size / shard.
@@ -59,11 +62,18 @@ class FSDP2(ModelParallelStrategy):
     def setup_environment(self) -> None:
         Strategy.setup_environment(self)
         self._setup_distributed()
+        roll_call.begin(_get_default_store(), self.global_rank)
         self._device_mesh = init_device_mesh(
             self.root_device.type, self.mesh_shape(), mesh_dim_names=("replicate", "shard")
         )
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Adds to the error of a collective call which processes are missing."""
+        if dist.is_initialized() and self.world_size > 1:
+            for line in roll_call.roll_call(exception, _get_default_store(), self.global_rank, self.world_size):
+                exception.add_note(line)
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -79,10 +89,12 @@ class FSDP2(ModelParallelStrategy):
         self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        Strategy.save_checkpoint(self, checkpoint, self.broadcast(filepath), storage_options)
+        path = self.broadcast(filepath)
+        if self.is_global_zero or getattr(storage_options, "everywhere", False):
+            self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+        return self.checkpoint_io.load_checkpoint(checkpoint_path, whole=False)  # each process reads its part
 
 
 def mesh_of(module: L.LightningModule) -> Any:

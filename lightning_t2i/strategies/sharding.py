@@ -11,6 +11,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+from lightning_t2i.errors import UserError
+from lightning_t2i.rank0 import receive
+
 REPLICATE_BELOW_BYTES = 2 * 2**30  # a frozen network under this size is kept whole on every process
 
 
@@ -42,11 +45,21 @@ def shard_network(network: nn.Module, mesh: DeviceMesh, precision: str = "fp32")
     Every root gives its memory back after each forward (`reshard_after_forward=True`): with FSDP2's default a forward
     without gradients leaves the root whole, and later forwards silently use the weights of that moment.
 
+    A mesh of one process that computes in float32 has nothing to cut or to cast: its networks stay plain.
+
+    Rank 0's weights are sent block by block, so that no other process ever holds a whole network.
+
     Args:
-        network: not yet sharded, equal on all processes.
+        network: not yet sharded, of the same architecture on all processes.
         mesh: two dimensions, replicate and shard.
         precision: "bf16" computes in bfloat16 and reduces gradients in float32.
+
+    Raises:
+        UserError: weights of two precisions, such as float32 adapters in a bfloat16 backbone.
     """
+    if mesh.size() == 1 and precision == "fp32":
+        receive(network, mesh.device_type)
+        return
     policy = root_policy = MixedPrecisionPolicy()
     if precision == "bf16":
         policy = root_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -56,19 +69,27 @@ def shard_network(network: nn.Module, mesh: DeviceMesh, precision: str = "fp32")
     for root in roots(network):
         if isinstance(root, FSDPModule):
             continue
+        if len(dtypes := {str(parameter.dtype) for parameter in root.parameters()}) > 1:
+            what, fix = "A network with weights of two precisions cannot be sharded", "one precision, or one process"
+            raise UserError(what, where=type(root).__name__, given=", ".join(sorted(dtypes)), fix=fix)
         for block in blocks(root):
+            receive(block, mesh.device_type, buffers=False)
             fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        receive(root, mesh.device_type, buffers=False)
         fully_shard(root, mesh=mesh, mp_policy=root_policy, reshard_after_forward=True)
         for method in getattr(root, "shard_forward_methods", ("encode", "decode")):
             if hasattr(root, method):
                 register_fsdp_forward_method(root, method)
+    receive(network, mesh.device_type)
 
 
-def shard_frozen(network: nn.Module, mesh: DeviceMesh, precision: str = "fp32") -> None:
-    """Shards a large frozen network over the shard dimension alone; a small one stays whole on every process."""
+def shard_frozen(network: nn.Module, mesh: DeviceMesh, precision: str = "fp32", whole: bool = False) -> None:
+    """Shards a large frozen network over the shard dimension alone; a small one, or `whole`, stays so everywhere."""
     size = sum(p.numel() * p.element_size() for p in network.parameters())
-    if size >= REPLICATE_BELOW_BYTES:
+    if size >= REPLICATE_BELOW_BYTES and not whole:
         shard_network(network, mesh["shard"], precision)
+    else:
+        receive(network, mesh.device_type)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ Run as a script it trains in one process or several and writes the logged losses
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -73,7 +74,12 @@ class Toy(MethodModule):
         self.lora, self.dropout, self.poison_step = lora, dropout, poison_step
         self.options = {
             "generator": generator
-            or GroupOptions(adam(1e-2), schedule=lambda o: Warmup(o, 7), every=5, ema=EMAOptions(0.9, start=8)),
+            or GroupOptions(
+                adam(1e-2),
+                schedule=lambda o: Warmup(o, 7),
+                every=5,
+                ema=EMAOptions([0.9, 0.6], start=8, sigma_rel=[0.1]),
+            ),
             "critic": critic or GroupOptions(adam(1e-2), clip=0.5),
         }
 
@@ -161,10 +167,10 @@ class KilledSave(AtomicCheckpointIO):
         if checkpoint["global_step"] == self.kill_step:
             original = torch.save
 
-            def half(state, target):
-                original(state, target)
-                data = Path(target).read_bytes()
-                Path(target).write_bytes(data[: len(data) // 2])
+            def half(state, stream):
+                original(state, stream)
+                with contextlib.suppress(OSError):  # of the sharded form it is one of several parts
+                    stream.truncate(stream.tell() // 2)
                 os.kill(os.getpid(), signal.SIGKILL)
 
             torch.save = half
@@ -204,11 +210,14 @@ def main() -> None:
     parser.add_argument("--kill", type=int)
     parser.add_argument("--kill-in-save", action="store_true")
     parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--form", default="single")
+    parser.add_argument("--asynchronous", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     module = Toy(MethodOptions(accumulate=options.accumulate), lora=options.lora, dropout=options.dropout)
     rank = os.environ.get("LOCAL_RANK", "0")
     options.folder.mkdir(parents=True, exist_ok=True)
+    saving = CheckpointOptions(options.every, 3, form=options.form, asynchronous=options.asynchronous)
     io = KilledSave(options.kill if options.kill_in_save else None)
     trainer = trainer_for(
         options.folder,
@@ -218,7 +227,7 @@ def main() -> None:
         io,
         callbacks=[
             Trace(options.folder / f"trace-{rank}.jsonl", options.kill, options.kill_in_save),
-            Checkpoints(options.folder / "checkpoints", CheckpointOptions(every=options.every, keep=3)),
+            Checkpoints(options.folder / "checkpoints", saving),
         ],
     )
     resume = newest(options.folder / "checkpoints")

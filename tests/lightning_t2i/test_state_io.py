@@ -1,6 +1,7 @@
 """Checkpoint folders: complete or absent, safe to read, never at the cost of an earlier one."""
 
 import errno
+import json
 import os
 import pickle
 
@@ -73,8 +74,20 @@ def test_leftovers_of_a_killed_save_are_removed(tmp_path):
     good = save(tmp_path, 1)
     (tmp_path / ".step-00000002.77.tmp").mkdir()
     (tmp_path / ".step-00000002.77.tmp" / "state.pt").write_bytes(b"half")
+    (save(tmp_path, 3) / "complete.json").unlink()  # as of a removal that was killed
+    (tmp_path / "notes").mkdir()
     clean_leftovers(tmp_path)
-    assert list(tmp_path.iterdir()) == [good]
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "notes", good]
+
+
+def test_a_checkpoint_of_the_first_format_is_read(tmp_path):
+    """Its marker told the size of state.pt alone."""
+    path = save(tmp_path, 4, 3.0)
+    size = (path / "state.pt").stat().st_size
+    (path / "complete.json").write_text(json.dumps({"step": 4, "bytes": size, "form": "single"}))
+    assert newest(tmp_path) == path and AtomicCheckpointIO().load_checkpoint(path)["x"].tolist() == [3.0] * 3
+    (path / "complete.json").write_text(json.dumps({"step": 4, "bytes": size + 1, "form": "single"}))
+    assert newest(tmp_path) is None
 
 
 class Malicious:
@@ -88,7 +101,8 @@ class Malicious:
 def test_a_malicious_checkpoint_runs_no_code(tmp_path):
     path, trap = save(tmp_path, 1), tmp_path / "trap"
     torch.save({"global_step": 1, "x": Malicious(str(trap))}, path / "state.pt")
-    (path / "complete.json").write_text(f'{{"step": 1, "bytes": {(path / "state.pt").stat().st_size}}}')
+    files = {"state.pt": (path / "state.pt").stat().st_size}
+    (path / "complete.json").write_text(json.dumps({"step": 1, "form": "single", "files": files}))
     with pytest.raises(pickle.UnpicklingError):
         AtomicCheckpointIO().load_checkpoint(path)
     assert not trap.exists()

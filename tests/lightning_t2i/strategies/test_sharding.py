@@ -41,10 +41,12 @@ def twin_outputs(rank: int, replicate: int, shard: int) -> dict:
     norm = group.gradient_norm()
     group.step(norm)
     group.average(0)
+    fresh = network()
+    fresh.load_state_dict({name: p.full_tensor() for name, p in group.ema.named_parameters()})
     with torch.no_grad():
-        second = group.ema(X)
+        second, reloaded = group.ema(X), fresh(X)
     sharded = isinstance(group.parameters[0], DTensor) and isinstance(group.network.blocks[0], FSDPModule)
-    return {"first": first, "second": second, "norm": norm, "sharded": sharded}
+    return {"first": first, "second": second, "norm": norm, "reloaded": reloaded, "sharded": sharded}
 
 
 @pytest.mark.parametrize("mesh", [(2, 1), (1, 2)], ids=["2x1", "1x2"])
@@ -65,6 +67,7 @@ def test_ema_twin_is_fresh_after_an_update(ranks, mesh):
         assert result["sharded"]
         torch.testing.assert_close(result["first"], first)
         torch.testing.assert_close(result["second"], second, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(result["second"], result["reloaded"], rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(result["norm"], norm, rtol=1e-4, atol=1e-6)
 
 

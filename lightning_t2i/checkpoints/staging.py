@@ -1,0 +1,65 @@
+"""What a save keeps of a training's tensors: whole or in parts, as copies that the training does not touch."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning_t2i.state_io import full_tensor
+
+
+class Staging:
+    """Takes tensors for a checkpoint, see `Saved.take`.
+
+    Copies for a save in the background are written into the same memory at every save: fresh memory would cost the
+    training thread more than the copy does. It is as large as what this process writes.
+
+    Args:
+        sharded: keep this process's part of a tensor; else the whole, for which all processes talk.
+        asynchronous: copy; else the state is written before the training goes on, and parts need no copy.
+        writes: whether this process writes whole tensors, which rank 0 does.
+    """
+
+    def __init__(self, sharded: bool, asynchronous: bool, writes: bool = True):
+        self.sharded, self.asynchronous, self.writes = sharded, asynchronous, writes
+        self._buffers: list[Tensor] = []
+        self._taken: list[Any] = []
+
+    def begin(self) -> None:
+        """Starts a save; what was taken for the one before is overwritten."""
+        self._used = 0
+        self._taken = []
+
+    def take(self, tensor: Tensor) -> Any:
+        """A tensor on the CPU, or a `Shard`."""
+        if self.sharded and isinstance(tensor, DTensor):
+            from lightning_t2i.checkpoints.sharded import Shard  # takes a while to import
+
+            found: Any = Shard.of(tensor)
+            found.local = self._copy(found.local) if self.asynchronous else found.local
+        elif not self.asynchronous:
+            found = full_tensor(tensor)
+        else:
+            tensor = tensor.detach()
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            found = self._copy(tensor) if self.writes else None
+        self._taken.append(found)
+        return found
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        if self._used == len(self._buffers):
+            self._buffers.append(torch.empty(0))
+        buffer = self._buffers[self._used]
+        if (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._buffers[self._used] = buffer
+        self._used += 1
+        return buffer.copy_(tensor)
+
+    def settled(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A copy of a state that does not change when the training goes on; what was taken is not copied again."""
+        return copy.deepcopy(state, {id(found): found for found in self._taken})

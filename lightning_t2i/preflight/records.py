@@ -1,0 +1,110 @@
+"""Batches as a data module would give them, by the declared options of its streams; captions are read, pictures not."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from datamodules.image_text import ImageText
+from datamodules.pairs import Pairs
+from datamodules.points import Points
+from datamodules.prompts import Prompts
+from datamodules.records import BadSample, Shards
+from datamodules.shards import index_path
+from lightning_t2i.batch import Batch, Records
+from lightning_t2i.errors import UserError
+from lightning_t2i.preflight.sources import folder_of, latent_shape
+
+# A scene of the shapes world, which its classifiers are trained to read.
+SCENE = {"objects": [{"cell": [0, 0], "shape": "circle", "colour": "red"}]}
+UNKNOWN = ""  # a caption that the stand-in for a tokenizer gives its full length
+LOOKED_AT = 256  # captions of a data set, to know how long they are
+
+
+def batch_of(streams: dict[str, Any], world: int, method: Any) -> Batch:
+    """One micro-batch of a process: a Records for each training stream, without values.
+
+    Args:
+        streams: name -> stream of a data module.
+        world: processes that share each batch.
+        method: built; knows the shape of a latent and whether there are classes.
+
+    Raises:
+        UserError: a batch that does not divide by the processes, or a stream of an unknown kind.
+    """
+    batch: Batch = {}
+    for name, stream in streams.items():
+        if stream.batch_size % world:
+            lower = stream.batch_size // world * world or world
+            raise UserError(
+                "The batch does not divide by the number of processes",
+                where=f"data.{name}.batch_size",
+                given=f"{stream.batch_size} samples over {world} processes",
+                allowed=f"multiples of {world}, for example {lower} or {lower + world}",
+            )
+        rows = stream.batch_size // world
+        kind = next((k for k in type(stream).__mro__ if k in SHAPES), None)
+        if kind is None:
+            what = "The shapes of this stream's samples are not known beforehand"
+            allowed = ", ".join(k.__name__ for k in SHAPES)
+            raise UserError(what, where=f"data.{name}", given=type(stream).__name__, allowed=allowed)
+        classes = _classes(method)
+        label = torch.zeros(rows, dtype=torch.int64) if classes else None
+        found = SHAPES[kind](stream, rows, method)
+        with unset_fake_temporarily():  # the engine notes the ids of samples
+            ids = torch.arange(rows)
+        batch[name] = Records(id=ids, position=torch.arange(rows), **{"label": label, **found})
+    return batch
+
+
+def captions(stream: ImageText, rows: int) -> list[str]:
+    """As many captions as rows: the longest of some from all over the data set, `UNKNOWN` where there is none."""
+    folder, found = folder_of(stream.source), set[str]()
+    if index_path(folder, stream.split).is_file():
+        shards = Shards(folder, stream.split, stream.languages, stream.limit)
+        for row in range(0, len(shards), math.ceil(len(shards) / LOOKED_AT)):
+            with contextlib.suppress(BadSample):
+                known = shards.meta(row).get("caption", {})
+                found |= {text for language in stream.languages for text in known.get(language, ())}
+    longest = sorted(found, key=len, reverse=True) or [UNKNOWN]
+    return (longest * rows)[:rows]
+
+
+def _classes(method: Any) -> int:
+    denoiser = getattr(method, "denoiser", None)
+    return getattr(method, "classes", 0) or getattr(denoiser, "classes", 0)
+
+
+def _image_text(stream: ImageText, rows: int, method: Any) -> dict[str, Any]:
+    words = {"caption": captions(stream, rows), "scene": [SCENE] * rows}
+    if stream.latents is not None:
+        return {"latent": torch.zeros(rows, *latent_shape(stream.latents, stream.size)), **words}
+    return {"image": torch.zeros(rows, 3, stream.size, stream.size), **words}
+
+
+def _prompts(stream: Prompts, rows: int, method: Any) -> dict[str, Any]:
+    return {"caption": [UNKNOWN] * rows, "scene": [SCENE] * rows}
+
+
+def _pairs(stream: Pairs, rows: int, method: Any) -> dict[str, Any]:
+    kind = "image" if method.codec.vae is None else "latent"
+    x0: Tensor = torch.zeros(rows, *method.shape)
+    return {"noise_seed": torch.zeros(rows, dtype=torch.int64), "caption": [UNKNOWN] * rows, kind: x0}
+
+
+def _points(stream: Points, rows: int, method: Any) -> dict[str, Any]:
+    return {"image": torch.zeros(rows, 3, 1, 1), "label": torch.zeros(rows, dtype=torch.int64)}
+
+
+SHAPES: dict[type, Callable[[Any, int, Any], dict[str, Any]]] = {
+    ImageText: _image_text,
+    Prompts: _prompts,
+    Pairs: _pairs,
+    Points: _points,
+}

@@ -1,0 +1,51 @@
+"""Small data sets written with the real shard writer."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from datamodules.shards import ShardWriter
+
+
+def png(pixels: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "png")
+    return stream.getvalue()
+
+
+def gradient(i: int, height: int = 8, width: int = 8) -> np.ndarray:
+    """A picture that tells its sample (red), its rows (green) and its columns (blue)."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[..., 0] = i
+    pixels[..., 1] = np.arange(height)[:, None]
+    pixels[..., 2] = np.arange(width)
+    return pixels
+
+
+def write_data_set(
+    folder: Path,
+    n: int = 50,
+    bad: Sequence[int] = (),
+    width: int = 8,
+    captions: Callable[[int], dict] | None = None,
+    splits: Sequence[str] = ("train",),
+    samples_per_shard: int = 20,
+    first: int = 0,
+) -> Path:
+    """Writes a data set named as its folder; label and scene hold the row, pictures tell `first` + row."""
+    folder.mkdir(exist_ok=True)
+    for split in splits:
+        with ShardWriter(folder, split, samples_per_shard) as writer:
+            for i in range(n):
+                caption = captions(i) if captions else {"en": [f"{i} a", f"{i} b"], "zh": [f"{i} 中"]}
+                picture = b"no picture" if i in bad else png(gradient(first + i, width=width))
+                writer.write(f"k{i:04d}", picture, "png", {"caption": caption, "label": i, "scene": {"row": i}})
+    about = {"name": folder.name, "splits": dict.fromkeys(splits, n)}
+    (folder / "dataset.json").write_text(json.dumps(about))
+    return folder

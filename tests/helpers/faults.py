@@ -1,0 +1,71 @@
+"""One of two processes that train together, in which rank 1 first reads a NaN and then a rank gets a signal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
+from toy import Toy, ToyData, trainer_for
+
+from callbacks.checkpoints import CheckpointOptions, Checkpoints
+from lightning_t2i.guards import NonFiniteError
+from lightning_t2i.method import MethodModule
+
+BROKEN, PATIENCE = 30, 4  # position of the NaN: the last but one of batch 3; seconds of a collective call
+
+
+class BrokenData(ToyData):
+    """ToyData with one point that is no number."""
+
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        main = batch["main"]
+        main.latent[main.position == BROKEN] = float("nan")
+        return batch
+
+
+class Signal(L.Callback):
+    """Sends a signal to the process of one rank before its fourth training step; shortens the patience of all."""
+
+    def __init__(self, rank: int, number: signal.Signals):
+        self.rank, self.number = rank, number
+
+    def on_train_start(self, trainer, module: MethodModule):
+        for group in [dist.group.WORLD, *module._device_mesh.get_all_groups()]:
+            _set_pg_timeout(timedelta(seconds=PATIENCE), group)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_rank == self.rank and module.counters.step == 3:
+            os.kill(os.getpid(), self.number)
+
+
+def main() -> None:
+    folder, rank, hit, name = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    broken = Toy(dropout=0.0)
+    try:
+        trainer_for(folder / "broken", 8, shard=2).fit(broken, BrokenData(), weights_only=True)
+    except NonFiniteError as error:
+        found = {"error": str(error), "step": broken.counters.step}
+        (folder / f"nan-{rank}.json").write_text(json.dumps(found))
+    saver = Checkpoints(folder / "checkpoints", CheckpointOptions(every=2))
+    trainer = trainer_for(folder, 8, shard=2, callbacks=[saver, Signal(hit, signal.Signals[name])])
+    start = time.monotonic()
+    try:
+        trainer.fit(Toy(), ToyData(), weights_only=True)
+    except RuntimeError:
+        (folder / f"seconds-{rank}").write_text(str(time.monotonic() - start))
+        raise
+
+
+if __name__ == "__main__":
+    main()

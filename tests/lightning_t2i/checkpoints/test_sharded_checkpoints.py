@@ -1,0 +1,298 @@
+"""The sharded form: every process writes its part, any mesh and any setting reads it, nothing in it can run code."""
+
+import json
+import os
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+from torch.distributed.tensor import DTensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "helpers"))  # for the processes that `ranks` starts
+
+from kills import optimizer_tensors
+from toy import Toy, ToyData, trainer_for
+
+from callbacks.checkpoints import CheckpointOptions, Checkpoints
+from lightning_t2i.checkpoints import sharded
+from lightning_t2i.checkpoints.ranks import ALONE
+from lightning_t2i.options import MethodOptions
+from lightning_t2i.state_io import AtomicCheckpointIO, Stored, newest, read_marker, write_folder
+
+FORMS = ("single", "sharded")
+
+
+class Losses(L.pytorch.loggers.Logger):
+    """The losses of every training step, as they are logged."""
+
+    name = version = None
+
+    def __init__(self):
+        super().__init__()
+        self.values: dict[int, float] = {}
+
+    def log_metrics(self, metrics, step=None):
+        if "critic/loss" in metrics:
+            self.values[step] = metrics["critic/loss"]
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+
+class Restored(L.Callback):
+    """What a training begins with, as whole tensors, and how much of it is cut."""
+
+    def on_train_start(self, trainer, module):
+        state = {"state_dict": module.state_dict()}
+        module.on_save_checkpoint(state)
+        self.tensors = tensors(state)
+        self.cut = any(isinstance(t, DTensor) for group in module.groups.values() for t in group.parameters)
+
+
+def tensors(state: dict) -> dict[str, torch.Tensor]:
+    """Weights, EMA and optimizer states."""
+    return {**state["state_dict"], **dict(optimizer_tensors(state))}
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def fit(folder: Path, steps: int, mesh: tuple[int, int] = (1, 1), **options) -> tuple[Restored, dict[int, float]]:
+    """Trains the toy without dropout up to a step, or goes on; returns what it began with and its losses."""
+    start, losses = Restored(), Losses()
+    saving = Checkpoints(folder, CheckpointOptions(every=0, keep=99, **options))
+    trainer = trainer_for(folder.parent, steps, *mesh, callbacks=[saving, start], logger=losses)
+    module = Toy(MethodOptions(log_every=1), dropout=0.0)
+    trainer.fit(module, ToyData(), ckpt_path=newest(folder), weights_only=True)
+    return start, losses.values
+
+
+# ---- meshes ----------------------------------------------------------------------------------------------------------
+
+
+STAGES = [(12, (2, 1), "sharded", False), (13, (1, 2), "single", True), (15, (1, 2), "sharded", True)]
+
+
+def two_processes(rank: int, folder: str) -> dict:
+    """Goes on from step 9 on two meshes, in both forms, at once and in the background; then rank 1's disk is full."""
+    folder, found = Path(folder), {"exact": [], "cut": [], "losses": {}}
+    for step, mesh, form, asynchronous in STAGES:
+        saved = tensors(AtomicCheckpointIO().load_checkpoint(newest(folder)))
+        start, losses = fit(folder, step, mesh, form=form, asynchronous=asynchronous)
+        found["exact"].append(equal(start.tensors, saved))
+        found["cut"].append(start.cut)
+        found["losses"] |= losses
+        dist.barrier()
+    found["files"] = {p.name: read_marker(p)["files"] for p in folder.iterdir()}
+    found["part"] = a_part_is_read(folder)
+    found["failure"] = one_rank_fails(rank, folder)
+    return found
+
+
+def a_part_is_read(folder: Path) -> bool:
+    """Whether a process of 1x2 reads its half of a matrix, not all of it."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))["shard"]
+    state = AtomicCheckpointIO().load_checkpoint(newest(folder), whole=False)
+    name = "generator.inside.weight"
+    whole = AtomicCheckpointIO().load_checkpoint(newest(folder))["state_dict"][name]
+    target = dist.tensor.distribute_tensor(torch.zeros_like(whole), mesh, [dist.tensor.Shard(0)])
+    read = []
+    original = torch.Tensor.copy_
+
+    def watched(self, source, *args):
+        read.append(source.numel())
+        return original(self, source, *args)
+
+    torch.Tensor.copy_ = watched
+    try:
+        state["state_dict"][name].into(target)
+    finally:
+        torch.Tensor.copy_ = original
+    return (
+        isinstance(state["state_dict"][name], Stored)
+        and sum(read) == whole.numel() // 2
+        and (torch.equal(target.full_tensor(), whole))
+    )
+
+
+def one_rank_fails(rank: int, folder: Path) -> str:
+    """Rank 1's disk is full: both ranks hear of it, nothing is left."""
+    original = torch.save
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    if rank == 1:
+        torch.save = full
+    try:
+        fit(folder.parent / "full", 2, (1, 2), form="sharded")
+    except (OSError, RuntimeError) as error:
+        return f"{type(error).__name__} {error}"
+    finally:
+        torch.save = original
+    return "no failure"
+
+
+def test_a_sharded_checkpoint_moves_between_meshes(tmp_path, ranks):
+    """1x1 -> 2x1 -> 1x2 -> 1x1: each begins with the bits that the one before saved and goes on with its losses."""
+    _, straight = fit(tmp_path / "straight", 18)
+    folder = tmp_path / "checkpoints"
+    _, losses = fit(folder, 9, form="sharded")
+    first, second = ranks(two_processes, str(folder))
+    saved = tensors(AtomicCheckpointIO().load_checkpoint(folder / "step-00000015"))
+    start, last = fit(folder, 18)
+    assert equal(start.tensors, saved) and not start.cut
+    for found in (first, second):
+        assert found["exact"] == found["cut"] == [True] * len(STAGES)
+        assert found["part"]
+    losses |= first["losses"] | last
+    assert losses.keys() == straight.keys() == {1, 6, 11, 16}
+    assert losses == pytest.approx(straight, rel=1e-4, abs=1e-5)
+
+    sizes = first["files"]["step-00000015"]
+    assert sizes.keys() == {".metadata", "__0_0.distcp", "__1_0.distcp", "state.pt"}
+    assert 0.5 < sizes["__0_0.distcp"] / sizes["__1_0.distcp"] < 2  # both write their part
+    assert first["files"]["step-00000013"].keys() == {"state.pt"}
+    assert "rank 1: OSError: [Errno 28]" in first["failure"] and first["failure"].startswith("RuntimeError")
+    assert second["failure"].startswith("OSError") and "No space left" in second["failure"]
+    assert list((tmp_path / "full").iterdir()) == []
+
+
+@pytest.mark.parametrize("saved", FORMS)
+@pytest.mark.parametrize("then", FORMS)
+def test_either_form_loads_whatever_the_config_says(tmp_path, saved, then):
+    fit(tmp_path / "whole", 8)
+    fit(tmp_path / "parts", 4, form=saved)
+    fit(tmp_path / "parts", 8, form=then)
+    a, b = (AtomicCheckpointIO().load_checkpoint(tmp_path / run / "step-00000008") for run in ("whole", "parts"))
+    assert read_marker(tmp_path / "parts/step-00000008")["form"] == then
+    assert equal(tensors(a), tensors(b))
+    assert a["t2i"]["counters"] == b["t2i"]["counters"] and a["ToyData"] == b["ToyData"]
+    assert a["t2i"]["groups"]["generator"]["schedule"] == b["t2i"]["groups"]["generator"]["schedule"]
+    assert a["t2i"]["frozen"] == b["t2i"]["frozen"] == {"scale": "toy:1"}
+
+
+# ---- what is read ----------------------------------------------------------------------------------------------------
+
+
+class Malicious:
+    def __init__(self, trap: Path):
+        self.trap = str(trap)
+
+    def __reduce__(self):
+        return os.mkdir, (self.trap,)
+
+
+def checkpoint(folder: Path) -> Path:
+    """A sharded checkpoint of one process."""
+    state = {"global_step": 3, "state_dict": {"w": torch.arange(6.0)}, "counters": [1, {"a": torch.tensor(2)}]}
+    path = folder / "step-00000003"
+    write_folder(path, 3, "sharded", lambda into: sharded.write_sharded(state, into, ALONE))
+    return path
+
+
+def mend(path: Path) -> None:
+    """Writes the marker again, so that sizes are no protection."""
+    marker = read_marker(path)
+    marker["files"] = {name: (path / name).stat().st_size for name in marker["files"]}
+    (path / "complete.json").write_text(json.dumps(marker))
+
+
+def test_round_trip(tmp_path):
+    found = AtomicCheckpointIO().load_checkpoint(checkpoint(tmp_path))
+    assert torch.equal(found["state_dict"]["w"], torch.arange(6.0))
+    assert found["counters"] == [1, {"a": torch.tensor(2)}] and found["global_step"] == 3
+
+
+def metadata_of(path: Path):
+    return sharded._Reader(path).read_metadata()
+
+
+def poison_state(path: Path, trap: Path) -> None:
+    torch.save({"global_step": 3, "x": Malicious(trap)}, path / "state.pt")
+
+
+def poison_metadata(path: Path, trap: Path) -> None:
+    metadata = metadata_of(path)
+    metadata.planner_data = Malicious(trap)
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def poison_payload(path: Path, trap: Path) -> None:
+    """The entry of a tensor holds a pickle."""
+    _rewrite_payload(path, trap, metadata_of(path))
+
+
+def poison_bytes(path: Path, trap: Path) -> None:
+    """The entry of a tensor is called one of bytes, which DCP unpickles."""
+    metadata = metadata_of(path)
+    metadata.state_dict_metadata["state_dict/w"] = BytesStorageMetadata()
+    metadata.storage_data = {MetadataIndex("state_dict/w"): next(iter(metadata.storage_data.values()))}
+    _rewrite_payload(path, trap, metadata)
+
+
+def poison_marker(path: Path, trap: Path) -> None:
+    (path / "complete.json").write_bytes(pickle.dumps(Malicious(trap)))
+
+
+def _rewrite_payload(path: Path, trap: Path, metadata) -> None:
+    file = path / "__0_0.distcp"
+    torch.save(Malicious(trap), file)
+    for info in metadata.storage_data.values():
+        info.offset, info.length = 0, file.stat().st_size
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize(
+    "poison", [poison_state, poison_metadata, poison_payload, poison_bytes, poison_marker], ids=lambda f: f.__name__
+)
+def test_no_file_of_a_sharded_checkpoint_can_run_code(tmp_path, poison):
+    path, trap = checkpoint(tmp_path), tmp_path / "trap"
+    poison(path, trap)
+    if poison is not poison_marker:
+        mend(path)
+    with pytest.raises((pickle.UnpicklingError, ValueError)):
+        AtomicCheckpointIO().load_checkpoint(path)
+    assert not trap.exists()
+
+
+def test_the_poison_works_where_nothing_forbids_it(tmp_path):
+    """Else the test above would prove nothing: DCP's own reader falls for both."""
+    for poison in (poison_metadata, poison_bytes):
+        path, trap = checkpoint(tmp_path / poison.__name__), tmp_path / f"trap-{poison.__name__}"
+        poison(path, trap)
+        with pytest.warns(UserWarning, match="single process"):
+            load({"state_dict/w": torch.empty(6)}, storage_reader=FileSystemReader(path))
+        assert trap.exists(), poison.__name__
+
+
+def test_a_file_outside_of_the_folder_is_not_read(tmp_path):
+    path = checkpoint(tmp_path)
+    metadata = metadata_of(path)
+    for info in metadata.storage_data.values():
+        info.relative_path = "../elsewhere.distcp"
+    shutil.copy(path / "__0_0.distcp", tmp_path / "elsewhere.distcp")
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    mend(path)
+    with pytest.raises(pickle.UnpicklingError, match="outside of its folder"):
+        AtomicCheckpointIO().load_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["state.pt", ".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("left", [0, 0.5])
+def test_a_cut_file_makes_a_checkpoint_incomplete(tmp_path, name, left):
+    path = checkpoint(tmp_path)
+    assert newest(tmp_path) == path
+    file = path / name
+    file.write_bytes(file.read_bytes()[: int(left * file.stat().st_size)])
+    assert newest(tmp_path) is None
+    file.unlink()
+    assert newest(tmp_path) is None

@@ -18,14 +18,17 @@ for _name, _value in {
 import inspect
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
+
+LAUNCH = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")
 
 # Runs one function of a test file in one process of a gloo group. Test files are no modules, so the file is loaded
 # by its path; the group meets in a file, so that tests that run side by side never share a port.
@@ -60,6 +63,20 @@ def repo() -> Path:
 def _seeded_and_single_threaded() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_is_left() -> Iterator[None]:
+    """A training in this process by FSDP2 says where its group meets, and later children would go there and wait."""
+    before = {name: os.environ.get(name) for name in LAUNCH}
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @pytest.fixture

@@ -31,7 +31,6 @@ from lightning_t2i.networks.load import build_network
 from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions
 from lightning_t2i.processes import DDPM, EDM, guided
 from lightning_t2i.processes.schedulers import scheduler_config, to_scheduler
-from lightning_t2i.proof.runs import MESHES
 from lightning_t2i.protocols import Exports, Generates
 
 SHAPE = (4, 8, 8)
@@ -621,6 +620,6 @@ def test_one_and_two_processes_agree(tmp_path, sd, prompts, ranks, precision) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", MESHES)
-def test_a_killed_run_ends_with_the_bits_of_a_whole_one(tmp_path, mesh) -> None:
-    assert what_a_kill_changes(tmp_path, "dmd2", mesh) == []
+def test_a_killed_run_ends_with_the_bits_of_a_whole_one(tmp_path) -> None:
+    """On the mesh that cuts weights; what it derives from, DMD, is killed on all three."""
+    assert what_a_kill_changes(tmp_path, "dmd2", "1x2") == []

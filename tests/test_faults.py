@@ -11,20 +11,18 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from data_sets import write_data_set
+from data_sets import as_rank, write_data_set
 from toy import Toy, ToyData, trainer_for
 
 from callbacks.checkpoints import CheckpointOptions, Checkpoints
 from datamodules.image_text import ImageText
 from datamodules.streams import Streams
 from lightning_t2i.cli.main import main
-from lightning_t2i.counters import Counters
 from lightning_t2i.errors import UserError, of_the_disk
 from lightning_t2i.state_io import AtomicCheckpointIO, complete_checkpoints, newest
 from lightning_t2i.strategies import roll_call
@@ -141,19 +139,6 @@ def test_only_faults_of_the_disk_are_told_as_such():
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
-
-
-def as_rank(data: Streams, rank: int = 0, world: int = 1, batches: int = 0) -> Streams:
-    """Attaches what Streams asks of a Trainer."""
-    data.trainer = SimpleNamespace(
-        global_rank=rank,
-        world_size=world,
-        strategy=SimpleNamespace(root_device=torch.device("cpu")),
-        lightning_module=SimpleNamespace(counters=Counters(batches=batches)),
-    )
-    data.prepare_data()
-    data.setup("fit")
-    return data
 
 
 def shards(folder: Path) -> list[Path]:

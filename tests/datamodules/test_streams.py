@@ -2,11 +2,11 @@
 
 import random
 from itertools import chain
-from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
+from data_sets import as_rank
 
 from datamodules.image_text import ImageText
 from datamodules.prompts import Prompts
@@ -17,19 +17,6 @@ from lightning_t2i.errors import UserError
 
 def pictures(folder, **options) -> ImageText:
     return ImageText(str(folder), **{"size": 8, "batch_size": 6, "lanes": 8, "block": 10, **options})
-
-
-def as_rank(data: Streams, rank: int = 0, world: int = 1, batches: int = 0) -> Streams:
-    """Attaches what Streams asks of a Trainer."""
-    data.trainer = SimpleNamespace(
-        global_rank=rank,
-        world_size=world,
-        strategy=SimpleNamespace(root_device=torch.device("cpu")),
-        lightning_module=SimpleNamespace(counters=Counters(batches=batches)),
-    )
-    data.prepare_data()
-    data.setup("fit")
-    return data
 
 
 def first_ids(data: Streams, batches: int, name: str = "main") -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Small data sets written with the real shard writer."""
+"""Small data sets written with the real shard writer, and streams that read them without a Trainer."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import torch
 from PIL import Image
 
 from datamodules.shards import ShardWriter
+from datamodules.streams import Streams
+from lightning_t2i.counters import Counters
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -49,3 +53,16 @@ def write_data_set(
     about = {"name": folder.name, "splits": dict.fromkeys(splits, n)}
     (folder / "dataset.json").write_text(json.dumps(about))
     return folder
+
+
+def as_rank(data: Streams, rank: int = 0, world: int = 1, batches: int = 0) -> Streams:
+    """Attaches what Streams asks of a Trainer."""
+    data.trainer = SimpleNamespace(
+        global_rank=rank,
+        world_size=world,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        lightning_module=SimpleNamespace(counters=Counters(batches=batches)),
+    )
+    data.prepare_data()
+    data.setup("fit")
+    return data

@@ -17,7 +17,7 @@ import math
 import warnings
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from lightning_t2i.networks.text_encoder import TextEncoder
 from lightning_t2i.preflight.allocator import Allocator
 from lightning_t2i.preflight.attribution import attributing, filing_gradients
 from lightning_t2i.preflight.bill import Bill, checkpoint_bytes, networks, snapshot_bytes, tensors_of
+from lightning_t2i.preflight.copies import in_copies
 from lightning_t2i.preflight.records import batch_of
 from lightning_t2i.preflight.stand_ins import Noted, stand_ins
 from lightning_t2i.preflight.world import World, fake_mesh
@@ -100,16 +101,11 @@ def rehearse(method: Any, data: Any, world: World, steps: int) -> Bill:
         if method.groups and streams:
             batch = batch_of(streams, world.ranks, method)
             bill.batch = {name: sum(x.nbytes for x in tensors_of(records)) for name, records in batch.items()}
-            try:
-                for step, share in kinds_of_steps(method, steps):
-                    _run(method, batch, step, share, world, noted, bill)
-            except (DataDependentOutputException, DynamicOutputShapeException) as error:
-                what = "A training step depends on the values of tensors, which are not there"
-                fix = "draw what decides by keys.integers at one position; --debug shows where"
-                raise UserError(what, where="model", given=str(error), fix=fix) from error
-            except RuntimeError as error:  # of shapes that do not go together
-                what, fix = "A training step fails on batches of the declared shapes", "--debug shows where"
-                raise UserError(what, where="data or model", given=str(error).splitlines()[0], fix=fix) from error
+            kinds = kinds_of_steps(method, steps)
+            costs = in_copies(lambda step: _costs(method, batch, step, noted), [step for step, _ in kinds])
+            for (step, share), found in zip(kinds, costs, strict=True):
+                for cost in found:
+                    _enter(cost, step, share / len(found), world, bill)
         elif method.frozen_identities:
             bill.memory["frozen"] = bill.peak = sum(network.bytes for network in bill.networks)
     bill.absent = noted.absent
@@ -180,27 +176,50 @@ def adopt(method: Any, allocator: Allocator, batch: Batch) -> None:
     allocator.adopt(tensors_of(batch), "batch")
 
 
-def _run(method: Any, batch: Batch, step: int, share: float, world: World, noted: Noted, bill: Bill) -> None:
-    """Adds the bill of one kind of training step, which is this share of all."""
+@dataclass(frozen=True)
+class Cost:
+    """Of one training step: operations by network, bytes moved by (collective, ranks), and the worst moment."""
+
+    flops: Counter[str]
+    moved: Counter[tuple[str, tuple[int, ...]]]
+    peak: int
+    memory: Counter[str]
+
+
+def _costs(method: Any, batch: Batch, step: int, noted: Noted) -> list[Cost]:
+    """Those of one kind of training step: one, or one for each end of a draw that the whole step shares."""
     noted.last = noted.branched = False
-    runs = [_measure(method, batch, step)]
-    if noted.branched:
-        noted.last = True
-        runs.append(_measure(method, batch, step))
-    for allocator, flops, moved in runs:
-        for name, count in flops.items():
-            bill.flops_of[name] += round(share / len(runs) * count)
-        for (name, ranks), size in moved.items():
-            bill.moved[name, world.between_nodes(ranks)] += round(share / len(runs) * size)
-        if allocator.peak > bill.peak:
-            bill.peak, bill.memory, bill.worst = allocator.peak, +allocator.at_peak, step
+    try:
+        costs = [_measure(method, batch, step)]
+        if noted.branched:
+            noted.last = True
+            costs.append(_measure(method, batch, step))
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        what = "A training step depends on the values of tensors, which are not there"
+        fix = "draw what decides by keys.integers at one position; --debug shows where"
+        raise UserError(what, where="model", given=str(error), fix=fix) from error
+    except RuntimeError as error:  # of shapes that do not go together
+        what, fix = "A training step fails on batches of the declared shapes", "--debug shows where"
+        raise UserError(what, where="data or model", given=str(error).splitlines()[0], fix=fix) from error
+    return costs
 
 
-def _measure(method: Any, batch: Batch, step: int) -> tuple[Allocator, Counter[Any], Counter[Any]]:
+def _measure(method: Any, batch: Batch, step: int) -> Cost:
     with Allocator() as allocator:
         adopt(method, allocator, batch)
         allocator.forget_peak()
-        return allocator, *training_step(method, batch, allocator, step)
+        flops, moved = training_step(method, batch, allocator, step)
+        return Cost(flops, moved, allocator.peak, +allocator.at_peak)
+
+
+def _enter(cost: Cost, step: int, share: float, world: World, bill: Bill) -> None:
+    """Adds the cost of a training step that is this share of all to the bill."""
+    for name, count in cost.flops.items():
+        bill.flops_of[name] += round(share * count)
+    for (name, ranks), size in cost.moved.items():
+        bill.moved[name, world.between_nodes(ranks)] += round(share * size)
+    if cost.peak > bill.peak:
+        bill.peak, bill.memory, bill.worst = cost.peak, cost.memory, step
 
 
 def kinds_of_steps(method: Any, steps: int) -> list[tuple[int, float]]:

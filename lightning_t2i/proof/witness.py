@@ -53,32 +53,36 @@ class Witness(L.Callback):
     def __init__(self) -> None:
         plan = os.environ.get(VARIABLE)
         self.kill = Kill(**json.loads(plan)) if plan else None
-        self._began: float | None = None
+        self._began, self._duration = 0.0, FIRST_STEP
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._file = Path(trainer.default_root_dir) / f"trace-{trainer.global_rank}.jsonl"
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        backward = pl_module.backward
+        backward, training_step = pl_module.backward, pl_module.training_step
 
         def seen(names: str | tuple[str, ...], loss: Any, **scalars: Any) -> None:
             group = names if isinstance(names, str) else "+".join(names)
             self._write(pl_module, group=group, loss=float(loss.detach()).hex())
             backward(names, loss, **scalars)
 
-        pl_module.backward = seen
+        def timed(*batch: Any) -> None:
+            training_step(*batch)
+            if not pl_module.counters.micro:  # done; what may follow, a save or a validation, is no part of the step
+                self._duration = time.monotonic() - self._began
+
+        pl_module.backward, pl_module.training_step = seen, timed
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        del pl_module.backward
+        del pl_module.backward, pl_module.training_step
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._write(pl_module, ids={name: records.id.tolist() for name, records in batch.items()})
         counters = pl_module.counters
         if counters.micro:
             return
-        now = time.monotonic()
-        duration, self._began = now - self._began if self._began else FIRST_STEP, now
+        self._began = time.monotonic()
         if self.kill is not None and self.kill.step == counters.step and trainer.is_global_zero:
-            threading.Thread(target=self._strike, args=(trainer, self.kill, duration), daemon=True).start()
+            threading.Thread(target=self._strike, args=(trainer, self.kill, self._duration), daemon=True).start()
 
     def _write(self, module: Any, **content: Any) -> None:
         line = {"step": module.counters.step, "micro": module.counters.micro, **content}

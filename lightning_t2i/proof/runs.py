@@ -171,7 +171,6 @@ def prove(
         left = newest(killed / "checkpoints")
         cut = any((killed / "checkpoints").glob(".*.tmp"))
         proof.kills.append(Struck(kill, int(left.name.split("-")[1]) if left else 0, cut))
-    if proof.kills[-1].left < steps:  # else the last kill came after the last save
-        start([*words, killed.name], variables)
+    start([*words, killed.name], variables)
     proof.differences = between(whole, killed)
     return proof

@@ -26,7 +26,8 @@ class Kill:
 
     Args:
         step: training steps done before.
-        where: "step": in the course of the next training step; "save": in the save that follows it.
+        where: "step": in the course of the next training step, at its end at the latest; "save": in the save that
+            follows it, or right after it where a save is over too soon.
         fraction: share of its duration that passes before, in [0, 1).
     """
 
@@ -69,6 +70,8 @@ class Witness(L.Callback):
             training_step(*batch)
             if not pl_module.counters.micro:  # done; what may follow, a save or a validation, is no part of the step
                 self._duration = time.monotonic() - self._began
+                if self.kill is not None and self.kill.where == "step":
+                    self._strike_after(trainer, pl_module.counters.step - 1)
 
         pl_module.backward, pl_module.training_step = seen, timed
 
@@ -81,6 +84,7 @@ class Witness(L.Callback):
         if counters.micro:
             return
         self._began = time.monotonic()
+        self._strike_after(trainer, counters.step - 1)
         if self.kill is not None and self.kill.step == counters.step and trainer.is_global_zero:
             threading.Thread(target=self._strike, args=(trainer, self.kill, self._duration), daemon=True).start()
 
@@ -88,6 +92,11 @@ class Witness(L.Callback):
         line = {"step": module.counters.step, "micro": module.counters.micro, **content}
         with self._file.open("a") as stream:
             stream.write(json.dumps(line) + "\n")
+
+    def _strike_after(self, trainer: L.Trainer, step: int) -> None:
+        """Strikes if this step was the one and is over: the thread was too slow, or waits in vain."""
+        if self.kill is not None and self.kill.step == step and trainer.is_global_zero:
+            os.killpg(os.getpgrp(), signal.SIGKILL)
 
     @staticmethod
     def _strike(trainer: L.Trainer, kill: Kill, duration: float) -> None:

@@ -48,13 +48,13 @@ class Remembered(TorchDispatchMode):
         """What `func` returns."""
         if func not in self._served:
             self._served[func], self._idle[func] = depends_on_shapes(func), changes_only_values(func)
-        if self._idle[func]:
-            first = args[0][0] if isinstance(args[0], list | tuple) and args[0] else args[0]
-            if isinstance(first, FakeTensor) and first.constant is None:
-                return args[0] if isinstance(args[0], Tensor) else None
-        mode = args[0].fake_mode if self._served[func] and args and type(args[0]) is FakeTensor else None
-        if mode is None:
+        if not args or not (self._idle[func] or self._served[func]):
             return func(*args, **kwargs)
+        first = args[0][0] if isinstance(args[0], list | tuple) and args[0] else args[0]
+        if type(first) is not FakeTensor or first.constant is not None:
+            return func(*args, **kwargs)
+        if self._idle[func]:
+            return args[0] if isinstance(args[0], Tensor) else None
         try:
             key = (func, _key(args), _key(kwargs.items()), torch.get_default_dtype())
             made = self._made.get(key)
@@ -66,10 +66,11 @@ class Remembered(TorchDispatchMode):
             return out
         if made is False:
             return func(*args, **kwargs)
+        mode = first.fake_mode
         with in_kernel_invocation_manager(mode):
             if isinstance(made, Made):
-                return _make(mode, made, args[0])
-            return tuple(m and _make(mode, m, args[0]) for m in made)
+                return _make(mode, made, first)
+            return tuple(m and _make(mode, m, first) for m in made)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

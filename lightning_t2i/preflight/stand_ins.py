@@ -73,6 +73,8 @@ def stand_ins(noted: Noted) -> Iterator[None]:
         return Tokenizer(about.get("model_max_length", LONGEST), place)
 
     with ExitStack() as stack:
+        # What is not in the cache is not waited for: `fetch` has asked the hub before, where that was wanted.
+        stack.enter_context(patch("huggingface_hub.constants.HF_HUB_OFFLINE", True))
         stack.enter_context(patch.object(load, "read_json", read_json))
         stack.enter_context(patch.object(load, "load_model", _architecture))
         stack.enter_context(patch.object(load, "locate", _anywhere(load.locate)))

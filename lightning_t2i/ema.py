@@ -19,10 +19,10 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_t2i.errors import UserError
 from lightning_t2i.options import EMAOptions
+from lightning_t2i.state_io import local_tensor
 
 
 class Profile(Protocol):
@@ -135,8 +135,8 @@ class Averages:
     def update(self, weights: Sequence[Tensor], step: int) -> None:
         """Moves every average towards the weights, which are those of `names`, after training step `step`."""
         if self._local is None:
-            averages = [[_local(t) for t in tensors] for tensors in (self.first, *self.others)]
-            self._local = averages, [_local(w) for w in weights]
+            averages = [[local_tensor(t) for t in tensors] for tensors in (self.first, *self.others)]
+            self._local = averages, [local_tensor(w) for w in weights]
         averages, local = self._local
         if step < self.options.start:
             for tensors in averages:
@@ -158,8 +158,4 @@ class Averages:
             raise UserError("The run has no such average", where="--ema", given=label, allowed=labels)
         if (chosen := labels.index(label)) > 0:
             for target, source in zip(self.first, self.others[chosen - 1], strict=True):
-                _local(target).copy_(_local(source))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                local_tensor(target).copy_(local_tensor(source))

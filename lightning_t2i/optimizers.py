@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_t2i.errors import UserError
 from lightning_t2i.options import Plain
+from lightning_t2i.state_io import local_tensor
 
 SMALLEST = 4096  # elements; bitsandbytes keeps the moments of smaller tensors in float32
 BLOCK = 256  # elements that share a scale
@@ -59,7 +60,9 @@ class AdamW8bit(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         parameters = [p for group in self.param_groups for p in group["params"]]
         self.mesh: Any = next((p.device_mesh for p in parameters if isinstance(p, DTensor)), None)
-        self._planned = any(isinstance(_local(p), FakeTensor) for p in parameters)  # `train.py check` has no values
+        self._planned = any(
+            isinstance(local_tensor(p), FakeTensor) for p in parameters
+        )  # `train.py check` has no values
         self.kind = "AdamW8bit" if self._planned or _works(parameters[0].device.type) else "AdamW"
         # What the inner optimizer updates: the parameters, or parameters of their own that share the shards' memory.
         self._inside: dict[nn.Parameter, nn.Parameter] = {p: p for p in parameters}
@@ -68,7 +71,7 @@ class AdamW8bit(torch.optim.Optimizer):
             import bitsandbytes
 
             make = bitsandbytes.optim.AdamW8bit
-            self._inside |= {p: nn.Parameter(_local(p)) for p in parameters if isinstance(p, DTensor)}
+            self._inside |= {p: nn.Parameter(local_tensor(p)) for p in parameters if isinstance(p, DTensor)}
         self._inner = make([{**g, "params": [self._inside[p] for p in g["params"]]} for g in self.param_groups])
 
     @property
@@ -82,13 +85,13 @@ class AdamW8bit(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:
         """Updates the weights; a closure is not called. Weights without values get states of the right size alone."""
         if self._planned:
-            self.state.update({p: _states_of(_local(p)) for p in self._inside})
+            self.state.update({p: _states_of(local_tensor(p)) for p in self._inside})
             return
         for own, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
             inner.update({k: v for k, v in own.items() if k != "params"})
         for parameter, inside in self._inside.items():
             if inside is not parameter:
-                inside.data, inside.grad = _local(parameter), _shard_of_gradient(parameter)
+                inside.data, inside.grad = local_tensor(parameter), _shard_of_gradient(parameter)
             if parameter in self.state:  # what a checkpoint brought
                 self._inner.state[inside] = self.state[parameter]
         self._inner.step()
@@ -122,10 +125,6 @@ class AdamW8bit(torch.optim.Optimizer):
         return self._inside[parameter]
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _states_of(parameter: Tensor) -> Plain:
     """Moments and scales of the sizes that bitsandbytes gives them; its maps of 2 KB are shared by all."""
     eight = parameter.numel() >= SMALLEST
@@ -138,7 +137,7 @@ def _shard_of_gradient(parameter: nn.Parameter) -> Tensor | None:
     """None also for an empty shard, of which bitsandbytes has no blocks."""
     if parameter.grad is None:
         return None
-    local = _local(parameter.grad)
+    local = local_tensor(parameter.grad)
     return local if local.numel() else None
 
 

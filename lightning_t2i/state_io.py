@@ -33,6 +33,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().clone()
 
 
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds, without a copy."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 class Stored(ABC):
     """A tensor in the files of a checkpoint, of which every process reads what it needs."""
 

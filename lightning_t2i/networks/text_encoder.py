@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_t2i.batch import Cond
 from lightning_t2i.errors import UserError
+from lightning_t2i.state_io import local_tensor
 
 Tokens: TypeAlias = dict[str, Tensor]
 Encoded: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
@@ -123,6 +124,13 @@ class TextEncoder(nn.Module):
         }
         return {name: pair for name, pair in every.items() if pair[0] is not None}
 
+    @property
+    def width(self) -> int:
+        """D, channels of the embeddings."""
+        widths = {name: encoder.config.d_model if name == "t5" else encoder.config.hidden_size
+                  for name, (encoder, _) in self.encoders().items()}  # fmt: skip
+        return widths.get("t5") or sum(widths.values())
+
     def shard_roots(self) -> list[nn.Module]:
         """What is sharded, each as a root of its own."""
         return [encoder for encoder, _ in self.encoders().values()]
@@ -186,8 +194,11 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def _frozen_null(self) -> Encoded:
-        """The encoded empty caption; encoded again when a parameter was moved, cast or written in place."""
-        key = [(id(p), p.device, p.dtype, p._version) for p in self.parameters()]
+        """The encoded empty caption; encoded again when a parameter was moved, cast or written in place.
+
+        Averages are written shard by shard, which the version of a sharded parameter does not tell.
+        """
+        key = [(id(p), p.device, p.dtype, local_tensor(p)._version) for p in self.parameters()]
         if self._null is None or self._null[0] != key:
             trim, self.trim = self.trim, False
             parts = self.encode(self.tokenize([""]))

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from lightning_t2i.checkpoints.snapshots import twins
 from lightning_t2i.forward_units import counted_modules
 from lightning_t2i.preflight.attribution import owners
+from lightning_t2i.state_io import local_tensor
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def networks(method: Any) -> Iterator[Network]:
         for p in own:
             sizes[str(p.dtype).removeprefix("torch.")] += p.numel()
         precision = " + ".join(dtype for dtype, _ in sizes.most_common()) or "-"
-        local = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in own)
+        local = sum(local_tensor(p).nbytes for p in own)
         yield Network(name, kind, sum(p.numel() for p in own), counted, precision, local)
 
 

@@ -84,7 +84,8 @@ class Plan:
 
     def _head(self) -> str:
         mesh = f", (replicate, shard) = {self.world.mesh}" if self.world.mesh else ""
-        return f"{self.title}\n{self.world.ranks} processes on {self.world.nodes} nodes{mesh}; {self.steps} steps"
+        ranks, nodes = counted(self.world.ranks, "process", "es"), counted(self.world.nodes, "node")
+        return f"{self.title}\n{ranks} on {nodes}{mesh}; {counted(self.steps, 'step')}"
 
     def _networks(self) -> str:
         spent: Counter[str] = Counter()
@@ -128,7 +129,7 @@ class Plan:
         return "\n".join(lines)
 
     def _data(self) -> str:
-        readers = f"{self.world.ranks} processes x {max(self.workers, 1)} readers"
+        readers = f"{counted(self.world.ranks, 'process', 'es')} x {counted(max(self.workers, 1), 'reader')}"
         lines = [
             f"data ({readers}; the order of samples does not depend on them); loaders of a node {self.ram / GB:.3f} GB"
         ]
@@ -153,6 +154,11 @@ class Plan:
         for i, doubt in enumerate(self.doubts, 1):
             lines.append(f"{i:3}. {doubt.what}\n     key: {doubt.key}\n     fix: {doubt.fix}")
         return "\n".join(lines)
+
+
+def counted(number: int, name: str, plural: str = "s") -> str:
+    """ "1 node", "2 nodes"."""
+    return f"{number} {name}{'' if number == 1 else plural}"
 
 
 def duration(seconds: float) -> str:

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -76,7 +77,9 @@ def stand_ins(noted: Noted) -> Iterator[None]:
         # What is not in the cache is not waited for: `fetch` has asked the hub before, where that was wanted.
         stack.enter_context(patch("huggingface_hub.constants.HF_HUB_OFFLINE", True))
         stack.enter_context(patch.object(load, "read_json", read_json))
-        stack.enter_context(patch.object(load, "load_model", _architecture))
+        # As a process builds networks whose weights another one reads, but on fake tensors.
+        build = SimpleNamespace(reads=lambda: False, without_weights=lambda make: make())
+        stack.enter_context(patch.object(load, "rank0", build))
         stack.enter_context(patch.object(load, "locate", _anywhere(load.locate)))
         stack.enter_context(patch.object(LPIPS, "from_file", classmethod(from_file)))
         stack.enter_context(patch.object(nn.Module, "_apply", _converted))
@@ -90,21 +93,6 @@ def stand_ins(noted: Noted) -> Iterator[None]:
         for name, draw in _draws(noted).items():
             stack.enter_context(patch.object(Keys, name, draw))
         yield
-
-
-def _architecture(
-    path: str | Path,
-    subfolder: str | None,
-    revision: str | None = None,
-    torch_dtype: torch.dtype = torch.float32,
-    variant: str | None = None,
-) -> nn.Module:
-    """`load.load_model` without weights."""
-    config = load.read_json(path, f"{subfolder}/config.json" if subfolder else "config.json", revision)
-    if config is None:
-        raise UserError("The pipeline has no such component", where=str(path), given=subfolder)
-    network = load.build_network(config).eval()
-    return network if torch_dtype == torch.float32 else network.to(torch_dtype)
 
 
 def _converted(module: nn.Module, convert: Any, recurse: bool = True) -> nn.Module:

@@ -8,10 +8,16 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_networks import pipeline_folder, text_model, tokenizer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from lightning_t2i.errors import UserError
+from lightning_t2i.group import Group
 from lightning_t2i.networks.text_encoder import TextEncoder
+from lightning_t2i.options import EMAOptions, GroupOptions
+from lightning_t2i.strategies.sharding import shard_network
 
 CAPTIONS = ["a red square and a blue circle", "", "two"]
 
@@ -33,6 +39,13 @@ def test_stable_diffusion_attends_all_padded_positions(clip):
     torch.testing.assert_close(cond.embeds, clip.clip(ids["input_ids"]).last_hidden_state)
     assert cond.embeds.shape == (3, 8, 12) and cond.mask is None and cond.pooled is None
     torch.testing.assert_close(cond.null().embeds[0], cond.embeds[1])
+
+
+@pytest.mark.parametrize("kind", ["unet_text", "unet_xl", "pixart", "flux"])
+@torch.no_grad()
+def test_the_width_of_the_embeddings_is_known_beforehand(kind, tmp_path):
+    encoder = TextEncoder.from_pretrained(str(pipeline_folder(tmp_path, kind)))
+    assert encoder.width == encoder(CAPTIONS).embeds.shape[-1]
 
 
 @torch.no_grad()
@@ -145,6 +158,24 @@ def test_a_frozen_encoder_encodes_the_empty_caption_once(clip, monkeypatch):
     old = clip(["two"]).null_embeds
     clip.clip.load_state_dict({k: v * 1.5 for k, v in clip.clip.state_dict().items()})
     assert not torch.allclose(clip(["two"]).null_embeds, old)
+
+
+def test_a_sharded_average_encodes_the_empty_caption_again_after_an_update(tmp_path):
+    """A run that goes on would else see another one than a run that was not stopped."""
+    clip = TextEncoder(clip=text_model("clip"), clip_tokenizer=tokenizer(tmp_path, "clip"))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
+    group = Group("text", clip, GroupOptions(ema=EMAOptions(decay=0.5, warmup=False)))
+    for member in (group.network, group.ema):
+        shard_network(member, mesh, "bf16")
+    group.build()
+    assert isinstance(next(group.ema.parameters()), DTensor)
+    old = group.ema(["two"]).null_embeds
+    with torch.no_grad():
+        for parameter in group.parameters:
+            parameter.mul_(1.5)
+    group.average(0)
+    assert not torch.allclose(group.ema(["two"]).null_embeds, old)
 
 
 def test_a_trained_encoder_gives_gradients_to_the_empty_caption(clip, monkeypatch):

@@ -21,6 +21,8 @@ OURS = {
     "ShapesClassifier": "lightning_t2i.networks.classifier",
     "PerceptualNetwork": "lightning_t2i.networks.perceptual",
 }
+# Pipelines of this repository, where no library has one that draws in the same way: class -> module.
+PIPELINES = {"TokenPipeline": "lightning_t2i.token_pipeline"}
 PRECISIONS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}  # integers are buffers, no parameters
 BINNED = (32, 64, 128)  # latent sizes whose aspect ratios PixArt's pipeline has a table for
 PROMPT = "a red square"
@@ -60,8 +62,9 @@ def read_stock(folder: Path, sampling: Mapping[str, Any] | None = None) -> Stock
     if index:
         parts = [name for name, value in index.items() if isinstance(value, list) and value[0]]
         networks = [found for name in parts if (found := _network(folder, name)) is not None]
-        lines, task = _pipeline(folder, index["_class_name"], dict(sampling or {}))
-        return Stock(index["_class_name"], "diffusers", task, networks, lines)
+        kind = index["_class_name"]
+        lines, task = _pipeline(folder, kind, dict(sampling or {}))
+        return Stock(kind, "lightning-t2i" if kind in PIPELINES else "diffusers", task, networks, lines)
     if not config:
         raise UserError("Not a model folder", where=str(folder), allowed="model_index.json or config.json")
     network = _network(folder, "")
@@ -118,6 +121,10 @@ def _sampling(asked: Mapping[str, Any], backbone: Mapping[str, Any], sampling: M
 
 def _pipeline(folder: Path, kind: str, sampling: dict[str, Any]) -> tuple[str, str]:
     """Lines that make a picture, and the hub's name of the task."""
+    if kind in PIPELINES:
+        lines = ["# No stock pipeline draws token by token in this way.", f"from {PIPELINES[kind]} import {kind}", ""]
+        lines += ['folder = "."  # this folder', f"pipeline = {kind}.from_pretrained(folder)"]
+        return "\n".join([*lines, f"image = pipeline([{sampling.get('prompt') or PROMPT!r}])[0]"]), "text-to-image"
     import diffusers
 
     asked = inspect.signature(getattr(diffusers, kind).__call__).parameters

@@ -128,15 +128,26 @@ class LatentCodec(nn.Module):
 
     def encode_tokens(self, images: Tensor) -> Tensor:
         """Pictures to codebook indices of a VQModel: int64 [B, h, w]."""
-        z = self.vae.encode(images.to(self._dtype)).latents
-        indices = self.vae.quantize(z)[2][2]
-        return indices.view(len(z), *z.shape[2:])
+        return self._nearest(self.vae.encode(images.to(self._dtype)).latents)
+
+    @torch.no_grad()
+    def tokens(self, records: Records) -> Tensor:
+        """Codebook indices of records: those nearest to the cached latents where the data has them."""
+        if records.latent is None:
+            return self.encode_tokens(records.image)
+        return self._nearest(self.raw(records.latent.float()).to(self._dtype))
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """Codebook indices [B, h, w] of a VQModel to float32 pictures [B, 3, H, W]."""
         shape = (*tokens.shape, self.vae.config.vq_embed_dim or self.channels)
+        if self.vae.config.lookup_from_codebook:  # aMUSEd's, which takes indices
+            return self.vae.decode(tokens.flatten(), force_not_quantize=True, shape=shape).sample.float()
         z = self.vae.quantize.get_codebook_entry(tokens.flatten(), shape)
         return self.vae.decode(z.to(self._dtype), force_not_quantize=True).sample.float()
+
+    def _nearest(self, z: Tensor) -> Tensor:
+        """Indices [B, h, w] of the codes nearest to z [B, C, h, w], which is of the autoencoder's own scale."""
+        return self.vae.quantize(z)[2][2].view(len(z), *z.shape[2:])
 
     @property
     def _dtype(self) -> torch.dtype:

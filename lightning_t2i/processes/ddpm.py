@@ -27,11 +27,16 @@ def _betas(schedule: str, beta_start: float, beta_end: float, steps: int) -> Ten
     if schedule == "scaled_linear":
         return torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float32, device="cpu") ** 2
 
-    def abar(u: float) -> float:  # Nichol and Dhariwal, arXiv 2102.09672, eq. 17
+    return torch.tensor(squared_cosine_betas(steps), dtype=torch.float32, device="cpu")
+
+
+def squared_cosine_betas(steps: int) -> list[float]:
+    """Betas of the cosine schedule (Nichol and Dhariwal, arXiv 2102.09672, eq. 17)."""
+
+    def abar(u: float) -> float:
         return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
 
-    betas = [min(1 - abar((i + 1) / steps) / abar(i / steps), 0.999) for i in range(steps)]
-    return torch.tensor(betas, dtype=torch.float32, device="cpu")
+    return [min(1 - abar((i + 1) / steps) / abar(i / steps), 0.999) for i in range(steps)]
 
 
 def _rescale_to_zero_terminal_snr(betas: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -25,7 +25,12 @@ def roots(network: nn.Module) -> list[nn.Module]:
 
 def blocks(root: nn.Module) -> Iterator[nn.Module]:
     """The repeated blocks of a diffusers or transformers network, innermost first, as its class declares them."""
-    names = set(getattr(root, "_no_split_modules", None) or [])
+    return _named(root, getattr(root, "_no_split_modules", None) or ())
+
+
+def _named(root: nn.Module, names: Iterable[str]) -> Iterator[nn.Module]:
+    """The modules below a root whose classes have these names, innermost first."""
+    names = set(names)
     for module in reversed(list(root.modules())):
         if type(module).__name__ in names and module is not root:
             yield module
@@ -72,9 +77,14 @@ def shard_network(network: nn.Module, mesh: DeviceMesh, precision: str = "fp32")
         if len(dtypes := {str(parameter.dtype) for parameter in root.parameters()}) > 1:
             what, fix = "A network with weights of two precisions cannot be sharded", "one precision, or one process"
             raise UserError(what, where=type(root).__name__, given=", ".join(sorted(dtypes)), fix=fix)
-        for block in blocks(root):
+        # Layers that stay in float32, as the root declares them, are units of their own and take their inputs as given.
+        kept = [
+            (layer, MixedPrecisionPolicy(cast_forward_inputs=False))
+            for layer in _named(root, getattr(root, "_keep_in_fp32_blocks", ()))
+        ]
+        for block, chosen in [*kept, *((block, policy) for block in blocks(root))]:
             receive(block, mesh.device_type, buffers=False)
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+            fully_shard(block, mesh=mesh, mp_policy=chosen, reshard_after_forward=True)
         receive(root, mesh.device_type, buffers=False)
         fully_shard(root, mesh=mesh, mp_policy=root_policy, reshard_after_forward=True)
         for method in getattr(root, "shard_forward_methods", ("encode", "decode")):

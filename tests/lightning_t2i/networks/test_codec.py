@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_networks import autoencoder, pipeline_folder
 
+from lightning_t2i.batch import Records
 from lightning_t2i.errors import UserError
 from lightning_t2i.networks.codec import LatentCodec
 
@@ -114,3 +115,20 @@ def test_tiny_autoencoders_have_no_posterior():
     ).eval()
     codec = LatentCodec(vae)
     assert codec.encode(pictures()).shape == (2, *codec.latent_shape(16))
+
+
+@torch.no_grad()
+def test_tokens_of_records_and_a_vq_model_that_looks_codes_up(tmp_path):
+    """aMUSEd's decoder takes indices; cached latents give the tokens of their pictures."""
+    torch.manual_seed(0)
+    facts = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    facts |= {"block_out_channels": (8, 8), "latent_channels": 4, "num_vq_embeddings": 16, "norm_num_groups": 4}
+    vq = diffusers.VQModel(**facts, mid_block_add_attention=False, scaling_factor=0.3).eval()
+    codec = LatentCodec(vq)
+    places = torch.arange(2)
+    tokens = codec.tokens(Records(places, places, image=pictures()))
+    assert torch.equal(tokens, codec.encode_tokens(pictures()))
+    assert torch.equal(codec.tokens(Records(places, places, latent=codec.encode(pictures()))), tokens)
+    shown = codec.decode_tokens(tokens)
+    vq.register_to_config(lookup_from_codebook=True)
+    torch.testing.assert_close(codec.decode_tokens(tokens), shown)

@@ -55,7 +55,9 @@ def draw(cell: Cell) -> Measured:
     options, method = cell.options, at(cell.after[cell.options["of"]] / RUN, cell.options["step"])
     sampling: Mapping[str, Any] = options.get("sampling", {})
     subject = Shuffled(method) if options.get("shuffled") else method
-    found = measure(subject, options["split"], options["n"], cell.seed, options["metrics"], **sampling)
+    found = Measured()
+    if options["metrics"]:
+        found = measure(subject, options["split"], options["n"], cell.seed, options["metrics"], **sampling)
     more = variety(method, cell.seed, sampling) if options.get("variety") else {}
     return Measured({**found.numbers, **more}, found.scores, found.prompts)
 

@@ -97,10 +97,5 @@ def test_the_tables_are_whole() -> None:
         (table,) = module.measure(quick=True)["tables"]
         assert all(len(row) == len(module.COLUMNS) for row in table["rows"])
         assert all(value > 0 for value in column(table["rows"], module.COLUMNS, name))
-        assert not any("|" in str(value) for row in table["rows"] for value in row)  # it would end a cell
-    (table,) = fluid_sampling.measure(quick=True)["tables"]
-    work = column(table["rows"], fluid_sampling.COLUMNS, "Gflop")
-    assert work == sorted(work, reverse=True) and work[0] > work[1] > work[2]  # every line takes work away, or none
-    (table,) = fluid_step.measure(quick=True)["tables"]
     gains = column(table["rows"], fluid_step.COLUMNS, "Gflop")
     assert gains[0] < gains[1] and gains[3] < gains[2] < gains[4] * 2 and gains[3] < gains[4]

@@ -257,8 +257,11 @@ class Fluid(MethodModule):
     def on_validation_epoch_end(self) -> None:
         stage = "test" if self.trainer.testing else "val"
         for name, found in self.means.items():
-            bins = {f"bins/{name}{i}": value for i, value in found.means(self.gathered).items()}
-            self.log_dict({f"{stage}/{name}": bins[f"bins/{name}0"]} if "/" not in name else bins)
+            means = found.means(self.gathered)
+            if found.bins == 1:
+                self.log(f"{stage}/{name}", means[0])
+            else:
+                self.log_dict({f"bins/{name}{i}": value for i, value in means.items()})
 
     on_test_epoch_start, test_step, on_test_epoch_end = (
         on_validation_epoch_start,

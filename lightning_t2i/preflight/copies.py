@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -15,12 +16,13 @@ _function: Callable[[Any], Any]
 def in_copies(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
     """[function(item) for item in items], each in a copy of this process, one for each core; results are pickled.
 
-    A single call, or a single core, needs no copy.
+    A single call, or a single core, needs no copy; so does a system that is not Linux, where copies are not safe.
 
     Raises:
         Exception: what a call raised.
     """
-    workers = min(len(items), len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    workers = min(len(items), cores)
     if workers < 2:
         return [function(item) for item in items]
     with multiprocessing.get_context("fork").Pool(workers, _adopt, (function,)) as pool:

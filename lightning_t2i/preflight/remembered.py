@@ -40,20 +40,20 @@ class Remembered(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._idle: dict[Any, bool] = {}
         self._made: dict[Any, Any] = {}  # key -> Made, a tuple of Made and None, or False: call it each time
-        self._served: dict[Any, bool] = {}
+        self._kinds: dict[Any, str | None] = {}
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `func` returns."""
-        if func not in self._served:
-            self._served[func], self._idle[func] = depends_on_shapes(func), changes_only_values(func)
-        if not args or not (self._idle[func] or self._served[func]):
+        if func not in self._kinds:
+            self._kinds[func] = kind_of(func)
+        kind = self._kinds[func]
+        if not args or kind is None:
             return func(*args, **kwargs)
         first = args[0][0] if isinstance(args[0], list | tuple) and args[0] else args[0]
         if type(first) is not FakeTensor or first.constant is not None:
             return func(*args, **kwargs)
-        if self._idle[func]:
+        if kind == "values":
             return args[0] if isinstance(args[0], Tensor) else None
         try:
             key = (func, _key(args), _key(kwargs.items()), torch.get_default_dtype())
@@ -82,6 +82,11 @@ class Remembered(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # its own code runs, and what that calls comes here again
         return self(func, args, kwargs or {})
+
+
+def kind_of(func: Any) -> str | None:
+    """ "values" of an operation that changes nothing else, "shapes" of one that can be remembered, or None."""
+    return "values" if changes_only_values(func) else "shapes" if depends_on_shapes(func) else None
 
 
 def changes_only_values(func: Any) -> bool:

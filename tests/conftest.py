@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 import torch
 import torch.distributed as dist
@@ -29,28 +30,6 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parent.parent
 
 LAUNCH = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")
-
-# Runs one function of a test file in one process of a gloo group. Test files are no modules, so the file is loaded
-# by its path; the group meets in a file, so that tests that run side by side never share a port.
-_RANK_PROGRAM = """
-import datetime, importlib.util, sys
-import torch
-import torch.distributed as dist
-
-source, name, arguments, rank, world, folder = sys.argv[1:]
-torch.set_num_threads(1)
-spec = importlib.util.spec_from_file_location("ranked_test_file", source)
-module = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = module
-spec.loader.exec_module(module)
-dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=int(rank), world_size=int(world),
-                        timeout=datetime.timedelta(seconds=120))
-torch.manual_seed(int(rank))
-result = getattr(module, name)(int(rank), *torch.load(arguments, weights_only=True))
-torch.save(result, f"{folder}/result-{rank}.pt")
-dist.barrier()
-dist.destroy_process_group()
-"""
 
 
 @pytest.fixture(scope="session")
@@ -96,21 +75,14 @@ def ranks(tmp_path: Path) -> Callable[..., list[Any]]:
         folder.mkdir()
         torch.save(arguments, folder / "arguments.pt")
         source = inspect.getsourcefile(function)
-        command = [sys.executable, "-c", _RANK_PROGRAM, str(source), function.__name__, str(folder / "arguments.pt")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])}
-        logs = [(folder / f"log-{rank}.txt") for rank in range(world)]
+        command = [sys.executable, ROOT / "tests" / "helpers" / "rank.py", source, function.__name__, folder]
+        logs = [folder / f"log-{rank}.txt" for rank in range(world)]
         processes = []
         for rank, log in enumerate(logs):
-            variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+            environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
             with log.open("w") as stream:
                 processes.append(
-                    subprocess.Popen(
-                        [*command, str(rank), str(world), str(folder)],
-                        env={**environment, **variables},
-                        cwd=tmp_path,
-                        stdout=stream,
-                        stderr=subprocess.STDOUT,
-                    )
+                    programs.Popen(command, env=environment, cwd=tmp_path, stdout=stream, stderr=subprocess.STDOUT)
                 )
         try:
             codes = [process.wait(timeout) for process in processes]

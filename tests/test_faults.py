@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 import torch.distributed as dist
@@ -216,7 +217,7 @@ def test_nan_in_a_batch_and_a_dead_rank(tmp_path, repo, hit, name):
         command = [sys.executable, str(repo / "tests/helpers/faults.py"), str(tmp_path), str(rank), str(hit), name]
         variables = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         with log.open("w") as stream:
-            processes.append(subprocess.Popen(command, env=variables, stdout=stream, stderr=subprocess.STDOUT))
+            processes.append(programs.Popen(command, env=variables, stdout=stream, stderr=subprocess.STDOUT))
     try:
         assert processes[1 - hit].wait(150) == 1, logs[1 - hit].read_text()
     finally:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 import yaml
 from PIL import Image
@@ -37,9 +37,7 @@ def test_quickstart_learns_as_in_the_reference_run_and_ends_with_teacher_and_stu
     command += ["--trainer.val_check_interval", STEPS, "--samples.count", "2", "--samples.per_prompt", "1"]
     command += ["--comparison.n", "50", "--comparison.count", "6"]
     variables = {"LIGHTNING_T2I_RUNS": str(tmp_path), "WANDB_MODE": "offline"}
-    done = subprocess.run(
-        [*map(str, command)], cwd=repo, env={**os.environ, **variables}, capture_output=True, text=True, timeout=580
-    )
+    done = programs.run(command, cwd=repo, env={**os.environ, **variables}, timeout=580)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / "quickstart"
     for line in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -11,12 +12,16 @@ from torch.distributed.tensor import DTensor
 
 from lightning_t2i.state_io import full_tensor
 
+THREADS = 4
+LARGE = 2**16  # elements from which a copy is worth a thread
+
 
 class Staging:
     """Takes tensors for a checkpoint, see `Saved.take`.
 
     Copies for a save in the background are written into the same memory at every save: fresh memory would cost the
-    training thread more than the copy does. It is as large as what this process writes.
+    training thread more than the copy does. It is as large as what this process writes. Large tensors of the CPU are
+    copied by several threads: the training waits, and one thread does not use all of the memory's bandwidth.
 
     Args:
         sharded: keep this process's part of a tensor; else the whole, for which all processes talk.
@@ -28,6 +33,8 @@ class Staging:
         self.sharded, self.asynchronous, self.writes = sharded, asynchronous, writes
         self._buffers: list[Tensor] = []
         self._taken: list[Any] = []
+        self._threads = ThreadPoolExecutor(THREADS) if asynchronous else None
+        self._copies: list[Future[Tensor]] = []
 
     def begin(self) -> None:
         """Starts a save; what was taken for the one before is overwritten."""
@@ -35,7 +42,7 @@ class Staging:
         self._taken = []
 
     def take(self, tensor: Tensor) -> Any:
-        """A tensor on the CPU, or a `Shard`."""
+        """A tensor on the CPU, or a `Shard`; a copy has its values when the state is `settled`."""
         if self.sharded and isinstance(tensor, DTensor):
             from lightning_t2i.checkpoints.sharded import Shard  # takes a while to import
 
@@ -58,8 +65,15 @@ class Staging:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._buffers[self._used] = buffer
         self._used += 1
-        return buffer.copy_(tensor)
+        if self._threads is not None and tensor.device.type == "cpu" and tensor.numel() >= LARGE:
+            self._copies.append(self._threads.submit(buffer.copy_, tensor))
+        else:
+            buffer.copy_(tensor)
+        return buffer
 
     def settled(self, state: dict[str, Any]) -> dict[str, Any]:
         """A copy of a state that does not change when the training goes on; what was taken is not copied again."""
-        return copy.deepcopy(state, {id(found): found for found in self._taken})
+        kept = copy.deepcopy(state, {id(found): found for found in self._taken})
+        while self._copies:
+            self._copies.pop().result()
+        return kept

@@ -7,13 +7,13 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
+import programs
 import pytest
 import torch
 from kills import optimizer_tensors
@@ -28,7 +28,7 @@ from callbacks.preemption import Preemption
 from lightning_t2i.checkpoints.background import Background
 from lightning_t2i.checkpoints.retention import BestOptions
 from lightning_t2i.checkpoints.snapshots import SnapshotOptions
-from lightning_t2i.checkpoints.staging import Staging
+from lightning_t2i.checkpoints.staging import LARGE, Staging
 from lightning_t2i.cli.main import main
 from lightning_t2i.errors import UserError
 from lightning_t2i.guards import NonFiniteError
@@ -241,7 +241,7 @@ def test_a_kill_during_a_save_leaves_complete_checkpoints_alone(tmp_path, repo) 
     script = [sys.executable, str(repo / "tests/helpers/toy.py"), str(tmp_path / "a"), "--steps", "10", "--every", "4"]
     script += ["--form", "sharded", "--asynchronous", "--kill", "8", "--kill-in-save"]
     environment = {**os.environ, "PYTHONPATH": f"{repo}:{repo / 'tests/helpers'}"}
-    done = subprocess.run(script, env=environment, capture_output=True, timeout=120)
+    done = programs.run(script, env=environment)
     assert done.returncode == -signal.SIGKILL
     assert steps(tmp_path / "a") == [4]
     left = {p.name for p in (tmp_path / "a/checkpoints").iterdir()}
@@ -262,10 +262,12 @@ def test_the_memory_of_copies_is_used_again() -> None:
     staging.begin()
     assert staging.take(torch.zeros(4)).shape == (4,)  # another method's
     taken = staging.take(torch.zeros(()))
-    mine, live = [1], torch.ones(2)
+    large = torch.arange(1.0, 1 + 3 * LARGE)  # copied by a thread
+    copied, mine, live = staging.take(large), [1], torch.ones(2)
     settled = staging.settled({"a": taken, "b": mine, "c": live})
     mine.append(2)
     live.zero_()
+    assert torch.equal(copied, large)
     assert settled["a"] is taken and settled["b"] == [1] and settled["c"].tolist() == [1, 1]
 
 

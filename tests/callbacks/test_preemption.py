@@ -13,6 +13,7 @@ from pathlib import Path
 from signal import SIGTERM, SIGUSR1
 
 import lightning as L
+import programs
 import pytest
 import yaml
 from signals import SignalAt
@@ -318,7 +319,7 @@ def command(folder: Path, repo: Path, run: str, signal_at: str = "", devices: in
     environment |= {"PYTHONPATH": str(repo / "tests/helpers"), "LIGHTNING_T2I_RUNS": str(folder / "runs")}
     environment |= {"SIGNAL_AT": signal_at} if signal_at else {}
     words = [sys.executable, str(repo / "train.py"), "fit", "--config", "toy.yaml", "--run", run]
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    done = programs.run(words, cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 

@@ -7,11 +7,13 @@ import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import lightning as L
+import programs
 import torch
 
-from lightning_t2i.proof.runs import prove
+from lightning_t2i.proof import runs
 
 
 class KillAt(L.Callback):
@@ -25,7 +27,8 @@ class KillAt(L.Callback):
 def what_a_kill_changes(folder: Path, name: str, mesh: str) -> list[str]:
     """What differs between a whole run of a tiny config on a mesh and one killed at a random moment, in any bit."""
     seed = random.SystemRandom().randrange(10_000)
-    proof = prove(name, folder, mesh, seed, kills=1, steps=6)
+    with mock.patch.object(runs, "subprocess", programs):
+        proof = runs.prove(name, folder, mesh, seed, kills=1, steps=6)
     (struck,) = proof.kills
     print(f"{name} on {mesh}, seed {seed}: {struck}")
     return proof.differences

@@ -3,10 +3,10 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 
@@ -22,7 +22,7 @@ def train(repo: Path, folder: Path, *arguments: object, killed: bool = False) ->
     command = [sys.executable, str(repo / "tests/helpers/toy.py"), str(folder), "--steps", STEPS, *arguments]
     environment = {**os.environ, "PYTHONPATH": f"{repo}:{repo / 'tests/helpers'}", "OMP_NUM_THREADS": "1"}
     environment = {k: v for k, v in environment.items() if not k.startswith(("LOCAL_", "MASTER_", "PYTEST_"))}
-    result = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=120)
+    result = programs.run(command, env=environment, timeout=120)
     if killed:
         assert result.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL, 1), result.stderr
         assert not (folder / f"checkpoints/step-{STEPS:08d}").exists()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 import yaml
@@ -154,7 +155,7 @@ def test_a_killed_run_ends_like_one_that_was_not(config, tmp_path, repo, kill_at
     config.write_text(yaml.safe_dump(CONFIG | {"tracking": {"wandb": "offline"}}))
     environment = {**os.environ, "KILL_AT_STEP": str(kill_at), "PYTHONPATH": str(repo / "tests" / "helpers")}
     command = [sys.executable, str(repo / "train.py"), "fit", "--config", str(config)]
-    killed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    killed = programs.run(command, cwd=tmp_path, env=environment)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     run = tmp_path / "runs" / "toy"
     assert not (run / "finished").exists()

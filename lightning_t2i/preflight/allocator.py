@@ -34,6 +34,9 @@ RING: dict[str, Callable[[int], int]] = {
 class Allocator(Operations):
     """Follows storages and counts operations (`total`) while it is entered.
 
+    Args:
+        remembered: what operations returned to allocators before this one.
+
     Attributes:
         live, at_peak: bytes by category, now and when their sum was largest.
         alive, peak: those sums in bytes.
@@ -41,7 +44,7 @@ class Allocator(Operations):
         moved: bytes that collectives moved through this process, by (name, ranks of the group).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, remembered: Remembered | None = None) -> None:
         super().__init__()
         self.live: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
@@ -49,7 +52,7 @@ class Allocator(Operations):
         self.owner = ""
         self.flops_of: Counter[str] = Counter()
         self.moved: Counter[tuple[str, tuple[int, ...]]] = Counter()
-        self._call = Remembered()
+        self._call = remembered or Remembered()
         self._known: dict[int, tuple[int, str]] = {}  # address of the C++ storage -> bytes, category
 
     def adopt(self, tensors: Iterable[Tensor], category: str) -> int:

@@ -37,6 +37,7 @@ from lightning_t2i.preflight.attribution import attributing, filing_gradients
 from lightning_t2i.preflight.bill import Bill, checkpoint_bytes, networks, snapshot_bytes, tensors_of
 from lightning_t2i.preflight.copies import in_copies
 from lightning_t2i.preflight.records import batch_of
+from lightning_t2i.preflight.remembered import Remembered
 from lightning_t2i.preflight.stand_ins import Noted, stand_ins
 from lightning_t2i.preflight.world import World, fake_mesh
 from lightning_t2i.schedules import value_at
@@ -92,7 +93,8 @@ def rehearse(method: Any, data: Any, world: World, steps: int) -> Bill:
         mesh = stack.enter_context(fake_mesh(world))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(stand_ins(noted))
-        with Allocator():  # for what it leaves out
+        remembered = Remembered()
+        with Allocator(remembered):  # for what it leaves out
             build(method, data, world, mesh)
         bill.networks = list(networks(method))
         bill.checkpoint, bill.snapshot = checkpoint_bytes(method), snapshot_bytes(method)
@@ -102,7 +104,7 @@ def rehearse(method: Any, data: Any, world: World, steps: int) -> Bill:
             batch = batch_of(streams, world.ranks, method)
             bill.batch = {name: sum(x.nbytes for x in tensors_of(records)) for name, records in batch.items()}
             kinds = kinds_of_steps(method, steps)
-            costs = in_copies(lambda step: _costs(method, batch, step, noted), [step for step, _ in kinds])
+            costs = in_copies(lambda step: _costs(method, batch, step, noted, remembered), [step for step, _ in kinds])
             for (step, share), found in zip(kinds, costs, strict=True):
                 for cost in found:
                     _enter(cost, step, share / len(found), world, bill)
@@ -186,14 +188,14 @@ class Cost:
     memory: Counter[str]
 
 
-def _costs(method: Any, batch: Batch, step: int, noted: Noted) -> list[Cost]:
+def _costs(method: Any, batch: Batch, step: int, noted: Noted, remembered: Remembered) -> list[Cost]:
     """Those of one kind of training step: one, or one for each end of a draw that the whole step shares."""
     noted.last = noted.branched = False
     try:
-        costs = [_measure(method, batch, step)]
+        costs = [_measure(method, batch, step, remembered)]
         if noted.branched:
             noted.last = True
-            costs.append(_measure(method, batch, step))
+            costs.append(_measure(method, batch, step, remembered))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         what = "A training step depends on the values of tensors, which are not there"
         fix = "draw what decides by keys.integers at one position; --debug shows where"
@@ -204,8 +206,8 @@ def _costs(method: Any, batch: Batch, step: int, noted: Noted) -> list[Cost]:
     return costs
 
 
-def _measure(method: Any, batch: Batch, step: int) -> Cost:
-    with Allocator() as allocator:
+def _measure(method: Any, batch: Batch, step: int, remembered: Remembered) -> Cost:
+    with Allocator(remembered) as allocator:
         adopt(method, allocator, batch)
         allocator.forget_peak()
         flops, moved = training_step(method, batch, allocator, step)

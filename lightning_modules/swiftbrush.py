@@ -200,7 +200,7 @@ class SwiftBrush(DMD):
             student.prediction = "x0"
         elif self.alpha_T_sq is not None:
             student.process = ending_at(self.process, t, self.alpha_T_sq)
-        if student.prediction == "eps" and not float(student.process.alpha_sigma(t)[0]):
+        if student.prediction == "eps" and self.process.zero_terminal_snr and t == self.process.t_max:
             what, fix = "At the last time nothing is left to divide by", "a v teacher, or an earlier student_t"
             raise UserError(what, where="model.teacher", given="eps with a zero terminal SNR", fix=fix)
         return student

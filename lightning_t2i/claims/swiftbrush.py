@@ -110,9 +110,12 @@ def reads() -> Iterator[list[str]]:
 
 
 def image_free(cell: Cell) -> Measured:
-    """`fit`, and how many files of pictures, or shards of them, it opened for reading."""
+    """`fit` on a file of prompts, and how many files of pictures, or shards of them, it opened for reading."""
+    file = cell.folder / "prompts.txt"
+    file.write_text("\n".join(c for records in prompts("train", 1000) for c in records.caption or ()), encoding="utf-8")
+    sources = {f"data.{stream}.source": str(file) for stream in ("main", "val", "test")}
     with reads() as seen:
-        found = fit(cell)
+        found = fit(replace(cell, options={**cell.options, "overrides": {**cell.options["overrides"], **sources}}))
     pictures = [name for name in seen if Path(name).suffix.lower() in PICTURES]
     return Measured({**found.numbers, "files": float(len(seen)), "pictures": float(len(pictures))})
 

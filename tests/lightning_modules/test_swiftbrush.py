@@ -16,12 +16,12 @@ from tiny_networks import pipeline_folder
 from torch import nn
 
 from datamodules.prompts import Prompts
+from datamodules.records import Shards
 from datamodules.streams import Streams
 from lightning_modules.dmd import matching_gradient, matching_loss
 from lightning_modules.swiftbrush import SwiftBrush, ending_at, score_loss, vsd_gradient
 from lightning_t2i.batch import Batch, Records
 from lightning_t2i.cli.configs import merge
-from lightning_t2i.cli.session import Session
 from lightning_t2i.errors import UserError
 from lightning_t2i.forward_units import counting_units, differences
 from lightning_t2i.frozen import weights_hash
@@ -90,24 +90,18 @@ def test_P5_with_the_noise_in_the_place_of_the_score_a_generator_shrinks() -> No
 
 
 def test_P6_learning_both_in_turn_finds_the_data() -> None:
-    process, keys = DDPM(), Keys(0)
-    generator = torch.tensor([-1.0, 0.1], dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.Adam([generator], lr=0.01)
-    moments = torch.tensor([-1.0, 1.01], dtype=torch.float64)  # mean and second moment that lora has seen
-    for step in range(1500):
-        places = torch.arange(256)
-        z = keys.at(step).normal("z", places, (8,), torch.float64)
-        x = generator[0] + generator[1] * z
-        fixed = x.detach()
-        moments.lerp_(torch.stack([fixed.mean(), fixed.square().mean()]), 0.1)
-        fake = Gaussian(float(moments[0]), float((moments[1] - moments[0] ** 2).sqrt()))
-        t = keys.at(step).integers("t", places, 20, 981)
-        x_t = process.add_noise(fixed, keys.at(step).normal("eps", places, (8,), torch.float64), t)
+    process, draw = DDPM(), torch.Generator().manual_seed(0)
+    generator = torch.tensor([-1.0, 0.1], dtype=torch.float64)  # m and s
+    seen = torch.tensor([-1.0, 1.01], dtype=torch.float64)  # mean and second moment that lora has learned
+    for _ in range(1200):
+        z, eps = (torch.randn(2000, 1, dtype=torch.float64, generator=draw) for _ in range(2))
+        x, t = generator[0] + generator[1] * z, torch.randint(20, 981, (2000,), generator=draw)
+        seen.lerp_(torch.stack([x.mean(), x.square().mean()]), 0.3)
+        fake = Gaussian(float(seen[0]), float((seen[1] - seen[0] ** 2).sqrt()))
+        x_t = process.add_noise(x, eps, t)
         estimates = Exact(DATA).eps(x_t, t), Exact(fake).eps(x_t, t)
         g = vsd_gradient(*estimates, *process.alpha_sigma(t, torch.float64), "sigma2")
-        optimizer.zero_grad()
-        matching_loss(x, g).backward()
-        optimizer.step()
+        generator -= 0.2 * torch.stack([g.mean(), (g * z).mean()])
     assert generator.tolist() == pytest.approx([0.3, 0.7], abs=0.02)
 
 
@@ -297,7 +291,7 @@ def test_the_update_is_the_papers(tmp_path, sd, prompts) -> None:
     found = states(trained(tmp_path, method, data(prompts), 3))
     same(found, expected, rtol=1e-4, atol=1e-5)
     for name in ("student", "lora"):
-        assert max(float((found[n] - before[n]).abs().max()) for n in found if n.startswith(f"{name}.")) > 1e-3
+        assert max(float((found[n] - before[n]).abs().max()) for n in found if n.startswith(f"{name}.")) > 1e-4
 
 
 def test_P9_each_network_is_clipped_by_its_own_norm(tmp_path, sd, prompts) -> None:
@@ -364,7 +358,7 @@ def test_frozen_networks_keep_their_bits_and_a_teacher_that_is_not_frozen_is_ref
 
 def test_P13_the_schedule_stays_exact_where_networks_compute_in_bf16(tmp_path, sd, prompts) -> None:
     method = method_of(sd, common=MethodOptions(precision="bf16"))
-    trained(tmp_path, method, data(prompts), 1, replicate=1, shard=1)
+    trained(tmp_path, method, data(prompts), 1, fsdp=True)
     table = method.process.alphas_cumprod
     assert table.dtype == torch.float32
     assert float(1 - table[20]) == pytest.approx(0.01869, abs=1e-5)
@@ -380,7 +374,7 @@ def test_P13_the_schedule_stays_exact_where_networks_compute_in_bf16(tmp_path, s
 
 OPENED: list[str] = []
 WATCHING = [False]
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".svg", ".tar")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".svg")
 
 
 def opened(event: str, arguments: tuple) -> None:
@@ -390,10 +384,11 @@ def opened(event: str, arguments: tuple) -> None:
 
 @pytest.mark.parametrize("source", ["file", "world"])
 def test_no_picture_is_opened_in_a_training(tmp_path, sd, prompts, monkeypatch, source) -> None:
-    """Neither by Pillow nor as a file; of the shapes world the captions come from the index."""
-    streams = data(prompts) if source == "file" else Streams(main=Prompts("shapes", batch_size=4))
+    """Neither as a file nor by Pillow; of the shards of a world, which hold captions too, no bytes of a picture."""
+    streams = data(prompts) if source == "file" else Streams(main=Prompts("shapes", batch_size=4), val=Prompts(prompts))
     method = method_of(sd)
     monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("a picture was opened"))
+    monkeypatch.setattr(Shards, "data", lambda *_: pytest.fail("the bytes of a picture were read"))
     streams.prepare_data()
     sys.addaudithook(opened)
     WATCHING[0] = True
@@ -404,7 +399,8 @@ def test_no_picture_is_opened_in_a_training(tmp_path, sd, prompts, monkeypatch, 
     finally:
         WATCHING[0] = False
     assert any(name.endswith("seen.txt") for name in OPENED)
-    assert [name for name in OPENED if name.lower().endswith(PICTURES)] == []
+    shards = [name for name in OPENED if name.endswith(".tar")]
+    assert [name for name in OPENED if name.lower().endswith(PICTURES)] == [] and (source == "world" or not shards)
     OPENED.clear()
     batch = streams.training["main"].load(range(4), 0)
     assert batch.image is None and batch.latent is None and batch.cond is None and len(batch.caption) == 4
@@ -572,7 +568,7 @@ def test_recomputed_blocks_give_the_same_gradients(sd, prompts) -> None:
 
 # Largest error |g - g_fp32| / |g_fp32| of the student's gradient over all its weights, and least cosine of the two. The
 # adapter is whole; the narrow blocks of assets/tiny/sd are a hard case.
-BOUNDS = {"bf16": (0.1, 0.99), "int8": (0.2, 0.98), "nf4": (1.0, 0.6)}
+BOUNDS = {"bf16": (0.3, 0.95), "int8": (0.15, 0.99), "nf4": (0.7, 0.85)}
 
 
 def student_gradient(precision: str) -> torch.Tensor:
@@ -692,14 +688,6 @@ def test_export_is_a_stock_pipeline_that_draws_our_pictures_in_one_step(tmp_path
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-def bill_of(repo: Path, name: str):
-    merged = merge([repo / f"configs/swiftbrush/{name}.yaml"], [("data", "null")])
-    session = Session()
-    session.parse(merged, "fit")
-    session.construct()
-    return session
-
-
 def test_memory_of_one_process_is_the_specs_count(repo, capsys) -> None:
     """Student with its states and average, one base for teacher and lora, and the adapter, as an allocator counts."""
     options = merge([repo / "configs/swiftbrush/sd21.yaml"], []).config["model"]["init_args"]
@@ -812,5 +800,5 @@ def test_empty_prompts_are_refused_before_training(tmp_path, sd) -> None:
     file.write_text("a red square\n\ntwo\n")
     method = method_of(sd)
     with pytest.raises(UserError, match="Empty prompt"):
-        trained(tmp_path, method, Streams(main=Prompts(str(file), batch_size=2)), 1)
+        trained(tmp_path, method, Streams(main=Prompts(str(file)), val=Prompts(str(file))), 1)
     assert method.counters.step == 0

@@ -250,7 +250,7 @@ def test_the_average_of_two_students(tmp_path) -> None:
         for name, parameter in ours.named_parameters():
             expected = share * one[name] + (1 - share) * two[name]
             torch.testing.assert_close(parameter, expected, atol=2e-3, rtol=2e-3)  # fp16
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "out-0.5", torch_dtype=torch.float32)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "out-0.5", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     drawn = pipe("a red circle", num_inference_steps=1, guidance_scale=1.0, output_type="pt").images
     assert drawn.shape == (1, 3, 32, 32) and pipe.scheduler.timesteps.tolist() == [649]

@@ -195,12 +195,15 @@ class SwiftBrush(DMD):
 
     def one_step(self, student: Denoiser) -> Denoiser:
         """The student as f: what its output means, and at which alpha."""
-        t = int(self.process.t_max) if self.student_t is None else self.student_t
+        last = int(self.process.t_max)
+        t = last if self.student_t is None else self.student_t
+        if not 0 < t <= last:
+            raise UserError("Not a student's time", where="model.student_t", given=t, allowed=f"1 to {last}, or null")
         if not self.reparameterised:
             student.prediction = "x0"
         elif self.alpha_T_sq is not None:
             student.process = ending_at(self.process, t, self.alpha_T_sq)
-        if student.prediction == "eps" and self.process.zero_terminal_snr and t == self.process.t_max:
+        if student.prediction == "eps" and self.process.zero_terminal_snr and t == last:
             what, fix = "At the last time nothing is left to divide by", "a v teacher, or an earlier student_t"
             raise UserError(what, where="model.teacher", given="eps with a zero terminal SNR", fix=fix)
         return student

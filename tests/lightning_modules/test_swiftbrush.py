@@ -327,6 +327,9 @@ def test_P12_without_its_adapter_the_backbone_is_the_teacher_at_any_step(tmp_pat
     method.configure_model()
     base = {n: p.clone() for n, p in method.lora.backbone.named_parameters() if "lora" not in n}
     asked = {n: p.requires_grad for n, p in method.lora.named_parameters()}
+    ask: list[bool] = []  # in every pass, also the first and those of the teacher
+    adapter = method.groups["lora"].parameters
+    method.lora.backbone.register_forward_pre_hook(lambda *_: ask.append(all(p.requires_grad for p in adapter)))
     for steps in (0, 1, 3):
         if steps:
             trained(tmp_path / str(steps), method, data(prompts), steps)
@@ -336,6 +339,7 @@ def test_P12_without_its_adapter_the_backbone_is_the_teacher_at_any_step(tmp_pat
             if steps:
                 assert not torch.equal(method.lora(x, 500, cond), method.teacher(x, 500, cond))
         assert {n: p.requires_grad for n, p in method.lora.named_parameters()} == asked
+    assert all(ask) and len(ask) > 10
     now = dict(method.lora.backbone.named_parameters())
     assert all(torch.equal(p, now[n]) and now[n].grad is None for n, p in base.items())
     assert method.lora.backbone is method.teacher.backbone and not method.lora.backbone.training
@@ -784,8 +788,9 @@ def test_teachers_of_another_kind_are_refused(tmp_path, sd, edm) -> None:
         method_of("no/such/folder").configure_model()
     with pytest.raises(UserError, match="do not fit this backbone"):
         method_of(sd, lora_targets=["to_nothing"]).configure_model()
-    with pytest.raises(UserError, match="alpha_T_sq"):
-        method_of(sd, alpha_T_sq=0.5).configure_model()
+    for options in ({"alpha_T_sq": 0.5}, {"student_t": 1000}, {"student_t": 0}):
+        with pytest.raises(UserError, match=next(iter(options))):
+            method_of(sd, **options).configure_model()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "nf4", "int8"])

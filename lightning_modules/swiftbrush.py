@@ -161,7 +161,7 @@ class SwiftBrush(DMD):
             )
         self.lora_guidance, self.weight, self.score = lora_guidance, weight, score
         self.alpha_T_sq, self.reparameterised = alpha_T_sq, reparameterised
-        self.adapter = {"rank": lora_rank, "alpha": lora_alpha, "targets": tuple(lora_targets)}
+        self.lora_rank, self.lora_alpha, self.lora_targets = lora_rank, lora_alpha, tuple(lora_targets)
         self.lora_weight, self.drop_probability, self.drop_batch = lora_weight, drop_probability, drop_batch
         self.base_precision = base_precision
         self.options = {
@@ -195,6 +195,7 @@ class SwiftBrush(DMD):
 
     def one_step(self, student: Denoiser) -> Denoiser:
         """The student as f: what its output means, and at which alpha."""
+        assert isinstance(self.process, DDPM)
         last = int(self.process.t_max)
         t = last if self.student_t is None else self.student_t
         if not 0 < t <= last:
@@ -219,8 +220,8 @@ class SwiftBrush(DMD):
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         return roles(
-            pipeline.denoiser, ("lora",), dtype=dtype, gradient_checkpointing=self.gradient_checkpointing, bits=bits,
-            **self.adapter,
+            pipeline.denoiser, ("lora",), self.lora_rank, dtype, self.gradient_checkpointing, self.lora_alpha,
+            self.lora_targets, bits,
         )  # fmt: skip
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:

@@ -160,7 +160,7 @@ def matrix(quick: bool = False) -> Matrix:
         about = {"student": name, "teacher": "teacher-25", "teacher_in_one": "teacher-1"}
         return Arm(f"{name}-way", closed, about, 1, "triple", 0.1, tuple(about.values()))
 
-    frozen = {"lora.optimizer.init_args.lr": 0.0}
+    frozen: dict[str, Any] = {"lora.optimizer.init_args.lr": 0.0}
     arms = (
         teaches(25),
         teaches(1),

@@ -154,11 +154,11 @@ class SwiftBrush(DMD):
             what = "A student whose output is x has no alpha_T"
             raise UserError(what, where="model.alpha_T_sq", given=alpha_T_sq, fix="alpha_T_sq: null")
         if "teacher" in self.common.quantize and score == "lora":
-            what = "Teacher and lora share their weights"
-            bits = self.common.quantize["teacher"]
-            raise UserError(
-                what, where="model.common.quantize", given=f"teacher: {bits}", fix=f"base_precision: {bits}"
-            )
+            what, fix = "Teacher and lora share their weights", f"base_precision: {self.common.quantize['teacher']}"
+            raise UserError(what, where="model.common.quantize", given="teacher", fix=fix)
+        if score != "lora" and base_precision != "fp32":
+            what, fix = "No adapter shares the teacher's weights", "common: {quantize: {teacher: nf4}}"
+            raise UserError(what, where="model.base_precision", given=base_precision, fix=fix)
         self.lora_guidance, self.weight, self.score = lora_guidance, weight, score
         self.alpha_T_sq, self.reparameterised = alpha_T_sq, reparameterised
         self.lora_rank, self.lora_alpha, self.lora_targets = lora_rank, lora_alpha, tuple(lora_targets)
@@ -254,10 +254,8 @@ class SwiftBrush(DMD):
         for k, name in enumerate(("low", "mid", "high")):
             self.note(**{f"student/g_{name}": (sizes * (third == k)).sum() / (third == k).sum().clamp_min(1)})
         deltas = [(estimate - eps).flatten(1) for estimate in (teacher, score)]
-        cosine = torch.cosine_similarity(*deltas).mean()
-        self.note(
-            **{"student/g": sizes.mean(), "student/gap": (teacher - score).abs().mean(), "student/cosine": cosine}
-        )
+        self.note(**{"student/g": sizes.mean(), "student/gap": (teacher - score).abs().mean()})
+        self.note(**{"student/cosine": torch.cosine_similarity(*deltas).mean()})
         return g
 
     def lora_loss(self, x: Tensor, cond: Cond | None, places: Tensor) -> Tensor:

@@ -765,6 +765,7 @@ def test_one_and_two_processes_agree(tmp_path, sd, prompts, ranks, mesh, precisi
         ({"lora_rank": 0}, "has a rank"),
         ({"reparameterised": False, "alpha_T_sq": 0.0047}, "no alpha_T"),
         ({"common": MethodOptions(quantize={"teacher": "nf4"})}, "base_precision: nf4"),
+        ({"score": "noise", "base_precision": "nf4"}, "No adapter shares"),
     ],
     ids=str,
 )

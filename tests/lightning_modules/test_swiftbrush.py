@@ -27,6 +27,7 @@ from lightning_t2i.forward_units import counting_units, differences
 from lightning_t2i.frozen import weights_hash
 from lightning_t2i.keys import Keys
 from lightning_t2i.networks.denoiser import Predictor, Reexpressed
+from lightning_t2i.networks.load import build_network
 from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions
 from lightning_t2i.preflight.rehearsal import rehearse
 from lightning_t2i.preflight.world import World
@@ -714,6 +715,27 @@ def test_memory_of_one_process_is_the_specs_count(repo, capsys) -> None:
         print("\nswiftbrush/sd21:", ", ".join(f"{name} {value:.2f} GB" for name, value in gigabytes.items()))
     spec = {"student": 13.9, "average": 3.5, "base": 3.5, "adapter": 0.1}
     assert gigabytes == {name: pytest.approx(value, rel=0.1) for name, value in spec.items()}
+
+
+@pytest.mark.parametrize(("name", "base"), [("sd15_24gb", 4.0), ("sd15_int8", 3.2), ("sd15_nf4", 3.0)])
+def test_one_card_of_24_gb(repo, capsys, name, base) -> None:
+    """Weights, gradients, 8-bit moments and the average; activations of four samples come on top.
+
+    base: bytes of a frozen weight, of which 28 % are in linear layers.
+    """
+    merged = merge([repo / f"configs/swiftbrush/{name}.yaml"], []).config
+    options, trainer = merged["model"]["init_args"], merged["trainer"]
+    assert options["student"]["optimizer"]["class_path"] == "lightning_t2i.optimizers.AdamW8bit"
+    assert options["gradient_checkpointing"] and trainer["devices"] == 1
+    plain = options.get("base_precision", "fp32") != "fp32"
+    assert (options["common"]["precision"], trainer["strategy"] == "auto") == (("fp32" if plain else "bf16"), plain)
+    with torch.device("meta"):
+        unet = sum(p.numel() for p in build_network("configs/networks/sd15_unet.json").parameters())
+    text = 123_060_480
+    gigabytes = ((4 + 4 + 2.03 + 4 + base) * unet + 16 * 6.7e6 + 4 * text) / 1e9
+    with capsys.disabled():
+        print(f"\nswiftbrush/{name}: {gigabytes:.1f} GB without activations")
+    assert gigabytes < 17
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------

@@ -197,7 +197,7 @@ class SwiftBrush(DMD):
         """The student as f: what its output means, and at which alpha."""
         assert isinstance(self.process, DDPM)
         last = int(self.process.t_max)
-        t = last if self.student_t is None else self.student_t
+        t = last if self.student_t is None else int(self.student_t)
         if not 0 < t <= last:
             raise UserError("Not a student's time", where="model.student_t", given=t, allowed=f"1 to {last}, or null")
         if not self.reparameterised:

@@ -7,8 +7,8 @@
     measures of students         3       420 pictures in one step, and 4 of each of 60 prompts
     frozen-lora, image-free      3       10 training steps
 
-The costs of SwiftBrush's training steps are those that were measured for DMD, by forward units (10 for 9): they have not
-been measured on a free core yet.
+The costs of SwiftBrush's training steps are those that were measured for DMD, by forward units (10 for 9): they have
+not been measured on a free core yet.
 
 All students start from assets/tiny/sd, see the same prompts and are measured on the same 420 test prompts with the
 noise of their seed, as those of DMD are (dmd.py): share of pictures that are as their prompt says (shapes score),

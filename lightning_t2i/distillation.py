@@ -107,20 +107,26 @@ class Pipeline:
         save_pipeline(folder, denoiser, self.codec, self.text, [t for t in times if t is not None])
 
 
-def refuse_foreign_pairs(pairs: Any, recipe: Callable[[], Mapping[str, Any]], shape: tuple[int, ...]) -> None:
+def refuse_foreign_pairs(
+    pairs: Any, recipe: Callable[[], Mapping[str, Any]], shape: tuple[int, ...], where: str = "data.pairs"
+) -> dict[str, Any]:
     """Refuses a stream that is not one of pairs, or whose pairs are not those of a teacher.
 
     Args:
         pairs: the stream `pairs` of the data, None if there is none.
         recipe: `Teacher.recipe` of the teacher, called on all processes; guidance and solver are not compared.
         shape: of one x0.
+        where: key of the stream in the config.
+
+    Returns:
+        What the pairs were made from: the recipe of their teacher, and their shape.
 
     Raises:
         UserError: names what differs.
     """
     if not hasattr(pairs, "kind"):
         given = "null" if pairs is None else type(pairs).__name__
-        raise UserError("This training needs the teacher's pairs", where="data.pairs", given=given, fix=PAIRS_FIX)
+        raise UserError("This training needs the teacher's pairs", where=where, given=given, fix=PAIRS_FIX)
     about = json.loads((resolve(pairs.source) / "dataset.json").read_text(encoding="utf-8"))
     with rank0.alone(True):  # it hashes the teacher's files
         ours = {**recipe(), "shape": tuple(shape)}
@@ -128,7 +134,8 @@ def refuse_foreign_pairs(pairs: Any, recipe: Callable[[], Mapping[str, Any]], sh
     for name in ("x0", "shape", "teacher", "process", "prediction"):
         if theirs[name] != ours[name]:
             what = f"The pairs are not those of this teacher: '{name}' differs"
-            raise UserError(what, where="data.pairs", given=theirs[name], allowed=str(ours[name]), fix=PAIRS_FIX)
+            raise UserError(what, where=where, given=theirs[name], allowed=str(ours[name]), fix=PAIRS_FIX)
+    return theirs
 
 
 def joined(parts: list[Inputs]) -> Inputs:
@@ -142,7 +149,7 @@ def picture_distance(kind: str, weights: str | None, resize: int | None) -> Any:
     """A frozen network d(x, y) [B] of pictures [B, 3, H, W] in [-1, 1], with its `identity`.
 
     Args:
-        kind: "perceptual", or "lpips" with VGG features and average pooling.
+        kind: "perceptual", or "lpips" with VGG features and average pooling, or "lpips_alex" with AlexNet's.
         weights: folder of a PerceptualNetwork, or safetensors file of LPIPS.
         resize: side to which LPIPS resizes pictures first; None keeps theirs.
 
@@ -153,4 +160,5 @@ def picture_distance(kind: str, weights: str | None, resize: int | None) -> Any:
         raise UserError("The metric has no weights", where="model.metric_weights", given="null")
     if kind == "perceptual":
         return PerceptualNetwork.from_pretrained(weights)
-    return LPIPS.from_file(weights, resize=resize, average_pool=True)
+    layout = "alex" if kind == "lpips_alex" else "vgg16"
+    return LPIPS.from_file(weights, layout, resize=resize, average_pool=layout == "vgg16")

@@ -32,6 +32,11 @@ HUB_NAMES = {
     "CreativeML OpenRAIL-M": "creativeml-openrail-m",
     "OpenRAIL++-M": "openrail++",
 }
+# A scheduler of diffusers for StableDiffusionPipeline on a flow: it begins at .999 and not at 1.
+STOCK_FLOW = """from diffusers import DPMSolverMultistepScheduler
+
+facts = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "solver_order": 1}
+scheduler = DPMSolverMultistepScheduler(**facts)  # from_pretrained(folder, scheduler=scheduler)"""
 SCORES = ("val/", "eval/", "test/")
 GRID = "samples.png"
 
@@ -149,7 +154,13 @@ def networks_section(stock: Stock) -> str:
 
 
 def use_section(stock: Stock) -> str:
-    return f"## Use\n\nIn this folder:\n\n```python\n{stock.snippet}\n```"
+    said = f"## Use\n\nIn this folder:\n\n```python\n{stock.snippet}\n```"
+    if stock.code:
+        files = " and ".join(f"`{file}`" for file in stock.code)
+        said += f"\n\nThe folder brings code that no library has, {files}; `trust_remote_code` lets it be imported."
+    if any(file.startswith("scheduler/") for file in stock.code):
+        said += f" Without that file, nearly the same:\n\n```python\n{STOCK_FLOW}\n```"
+    return said
 
 
 def optional(title: str, rows: Sequence[Sequence[str]], head: Sequence[str]) -> str:

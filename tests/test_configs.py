@@ -23,6 +23,7 @@ SIZES = {
     "sdxl_unet": 2_567_463_684,
     "pixart_alpha_512": 610_856_096,
     "flux1_dev": 11_901_408_320,
+    "sd15_stacked": 1_719_017_924,
 }
 ARCHITECTURES = {
     "sd15": "sd15_unet",
@@ -77,7 +78,7 @@ def test_paper_scale_memory_per_process(session, name, capsys):
 
 
 TRAINERS = {"cpu": None, "gpu": (1, 1), "ddp": (8, 1), "fsdp": (1, 8), "hsdp": (2, 8)}  # meshes on nodes of 8 devices
-METHODS = ("classifier", "clip", "diffusion", "dmd", "dmd2", "fluid", "tokenizer")
+METHODS = ("classifier", "clip", "diffusion", "dmd", "dmd2", "fluid", "instaflow", "rfpp", "tokenizer")
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)

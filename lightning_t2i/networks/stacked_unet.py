@@ -118,7 +118,16 @@ def stacked(unet: nn.Module, junction: Junction, residual: bool = False) -> Stac
     config: Any = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     with torch.device(next(unet.parameters()).device):
         double = StackedUNet(junction, residual, **config)
-    weights, own = unet.state_dict(), double.state_dict()
-    known = {name: weights[key] for name in own if (key := name.removeprefix("second.")) in weights}
-    double.load_state_dict(known, strict=False, assign=False)
+    weights = unet.state_dict()
+    known = {name: weights[key] for name in double.state_dict() if (key := _source(name, junction)) in weights}
+    double.load_state_dict(known, strict=False)
     return double.train()
+
+
+def _source(name: str, junction: Junction) -> str:
+    """What a parameter of the stack is called in one U-Net; the second one's down blocks may lack the first."""
+    down = "second.down_blocks."
+    if junction == "drop_top" and name.startswith(down):
+        number, rest = name.removeprefix(down).split(".", 1)
+        return f"down_blocks.{int(number) + 1}.{rest}"
+    return name.removeprefix("second.")

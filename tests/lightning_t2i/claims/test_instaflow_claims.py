@@ -95,15 +95,10 @@ def test_trainings_leave_flows_and_losses_of_held_out_pairs(done) -> None:
 
 @pytest.mark.slow
 def test_what_is_measured(done) -> None:
-    drawn = cells.draw(
-        cell(
-            done,
-            {"of": "distilled", "split": "val", "n": 4, "metrics": ["shapes_score"], "distance": True},
-            "distilled",
-        )
-    )
+    options = {"of": "distilled", "split": "val", "n": 4, "metrics": ["shapes_score"]}
+    drawn = cells.draw(cell(done, {**options, "distance": True}, "distilled"))
     assert drawn.numbers["distance"] > 0 and len(drawn.scores["shapes_score"]) == 4
-    sampled = {"of": "reflow", "split": "val", "n": 4, "metrics": ["shapes_score"], "sampling": {"steps": 2}}
+    sampled = {**options, "of": "reflow", "sampling": {"steps": 2}}
     assert len(cells.draw(cell(done, sampled, "reflow")).scores["shapes_score"]) == 4
     bends = cells.bends(cell(done, {"of": "reflow", "n": 4, "steps": 3}, "reflow")).numbers
     assert bends["share"] == pytest.approx(bends["flow"] / bends["teacher"])

@@ -50,8 +50,10 @@ class Stage:
 
     def finished(self) -> bool:
         """Whether a training has come to its end."""
+        if self.request.verb != "fit":
+            return False
         run = runs.runs_root() / runs.run_name(self.request.run, self.request.configs)
-        return self.request.verb == "fit" and (run / "finished").is_file()
+        return (run / "finished").is_file()
 
 
 def read(file: Path) -> list[Stage]:
@@ -89,7 +91,8 @@ class Chain:
 
     def __init__(self, file: Path):
         self.stages = read(file)
-        self.memory = runs.runs_root() / "chains" / f"{file.parent.name}-{file.stem}.json"
+        place = resolve(file).resolve()
+        self.memory = runs.runs_root() / "chains" / f"{place.parent.name}-{place.stem}.json"
 
     def known(self) -> dict[str, str]:
         """Key of a command -> "begun" or "done"."""

@@ -18,9 +18,9 @@ from lightning_t2i.claims.spec import Cell, Measured
 from lightning_t2i.claims.training import RUN, fit, measure, prompts
 from lightning_t2i.cli.restore import trained
 from lightning_t2i.keys import Keys
+from lightning_t2i.loggers import read_lines
 from lightning_t2i.metrics.straightness import Straightness, trajectory
 from lightning_t2i.processes import sample
-from lightning_t2i.scaling_study import losses_of
 from lightning_t2i.state_io import newest
 
 FLOW, PAIRS = "flow", "pairs"
@@ -75,8 +75,8 @@ def train(cell: Cell) -> Measured:
         method: Any = trained(cell.folder / RUN)
         method.export(part, [])
         part.rename(out)
-    losses = losses_of(cell.folder / RUN) if "held" in options else {}
-    return Measured({**found.numbers, **{f"loss@{step}": loss for step, loss in losses.items()}})
+    lines = [line for line in read_lines(cell.folder / RUN / "metrics.jsonl") if "val/loss" in line]
+    return Measured({**found.numbers, **{f"loss@{line['step']}": line["val/loss"] for line in lines}})
 
 
 def draw(cell: Cell) -> Measured:

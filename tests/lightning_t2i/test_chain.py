@@ -105,7 +105,7 @@ def test_an_export_has_its_name_when_it_is_whole(place, commands) -> None:
     assert main(["my.chain"]) == 0 and len(commands.said) == 3 and (place / "out/flow").is_dir()
     (place / "out/flow").rmdir()
     (place / "out/flow.part").mkdir()
-    (place / "runs/chains").joinpath(f"{Path('my.chain').parent.name}-my.json").unlink()
+    next((place / "runs/chains").glob("*-my.json")).unlink()
     main(["my.chain"])  # a part that is no whole export is written anew
     assert len(commands.said) == 6
 

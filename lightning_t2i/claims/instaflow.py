@@ -66,8 +66,14 @@ def matrix(quick: bool = False) -> Matrix:
 
     def coupled(name: str, teacher: str, number: int, guidance: float, **options: Any) -> Arm:
         flow = teacher != TEACHER
-        facts = {"config": f"configs/pairs/instaflow_{'flow' if flow else 'teacher'}.yaml", "teacher": teacher}
-        facts |= {"n": number, "guidance": guidance, "solver": "euler" if flow else "ddim", **options}
+        facts: dict[str, Any] = {"config": f"configs/pairs/instaflow_{'flow' if flow else 'teacher'}.yaml"}
+        facts |= {
+            "teacher": teacher,
+            "n": number,
+            "guidance": guidance,
+            "solver": "euler" if flow else "ddim",
+            **options,
+        }
         return Arm(name, cells.make_pairs, facts, number, "pair", PAIR_S, (teacher,) if flow else ())
 
     def drawn(name: str, of: str, steps: int = 1, **options: Any) -> Arm:

@@ -81,7 +81,7 @@ def fitted(teacher: Predictor, keys: Keys, steps: int, batch: int, one_step: boo
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     z = keys.normal("z", torch.arange(16 * batch), (2, 1, 1))
-    x = sample(teacher, z, None, SOLVED, 1.0, "euler")  # type: ignore[arg-type]  # it needs what a Predictor has
+    x = sample(teacher, z, None, SOLVED, 1.0, "euler")
     for step in range(steps):
         places = torch.arange(batch) + step * batch
         rows = keys.integers("row", places, 0, len(z))

@@ -681,7 +681,8 @@ def test_export_is_a_stock_pipeline_that_draws_our_latents(tmp_path, sd, sd_pair
     shared |= {"negative_prompt_embeds": cond.null().embeds, "guidance_scale": 1.5}
 
     def theirs(**options) -> Tensor:
-        pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "out", dtype=torch.float32, **options)
+        parts = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder"))
+        pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "out", dtype=torch.float32, **parts, **options)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline(**shared).images
 

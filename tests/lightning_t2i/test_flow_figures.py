@@ -30,9 +30,12 @@ def test_pictures_are_written_and_show_what_they_are_given(tmp_path) -> None:
     flow_figures.draw_paths({"one": paths}, files[0])
     flow_figures.draw_paths({"one": paths, "two": 0.1 * paths}, files[1])
     flow_figures.draw_curve({"teacher": {1: 30.0, 25: 1.0}, "flow": {1: 3.0, 25: 1.1}}, "distance", files[2])
-    sizes = [Image.open(file).size for file in files]
-    assert sizes[1][0] > 1.8 * sizes[0][0] and sizes[2][0] > 400
-    assert all(len(Image.open(file).convert("RGB").getcolors(1 << 20)) > 3 for file in files)
+    pictures = []
+    for file in files:
+        with Image.open(file) as image:
+            pictures.append(image.convert("RGB"))
+    assert pictures[1].width > 1.8 * pictures[0].width and pictures[2].width > 400
+    assert all(len(picture.getcolors(1 << 20)) > 3 for picture in pictures)
 
 
 def test_the_toys_numbers() -> None:

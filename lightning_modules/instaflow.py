@@ -91,6 +91,7 @@ class InstaFlow(FlowStudent):
         init_steps: training steps of the conversion.
         start: checkpoint folder of another run whose weights, averages and optimizer states this one begins with.
         start_optimizer: take the optimizer's states and schedule from there too.
+        size: side of the pictures in pixels; null is the size that the network was made for (FLUX has none).
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         val_steps: steps of the teacher's sampler that validation compares with.
         student: how the weights are updated.
@@ -106,6 +107,7 @@ class InstaFlow(FlowStudent):
         init_steps: int = 1000,
         start: str | None = None,
         start_optimizer: bool = True,
+        size: int | None = None,
         gradient_checkpointing: bool = False,
         val_steps: int = 25,
         student: GroupOptions | None = None,
@@ -116,10 +118,10 @@ class InstaFlow(FlowStudent):
             raise UserError("A number of steps is negative", where="model.init_steps", given=init_steps)
         self.source, self.revision, self.guidance, self.val_steps = teacher, revision, guidance, val_steps
         self.init, self.init_steps, self.start, self.start_optimizer = init, init_steps, start, start_optimizer
-        self.gradient_checkpointing, self.options = gradient_checkpointing, student or paper_update()
+        self.size, self.gradient_checkpointing, self.options = size, gradient_checkpointing, student or paper_update()
 
     def configure_model(self) -> None:
-        pipeline = self.pipeline = Pipeline.load(self.source, self.revision, self.guidance)
+        pipeline = self.pipeline = Pipeline.load(self.source, self.revision, self.guidance, self.size)
         self.process, self.shape = RectifiedFlow(), pipeline.shape
         student = Denoiser(self.backbone(pipeline), self.process, "velocity")
         dtype = torch.bfloat16 if self.common.precision == "bf16" else None

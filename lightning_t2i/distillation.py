@@ -45,11 +45,12 @@ class Pipeline:
     classes: int
 
     @classmethod
-    def load(cls, source: str, revision: str | None = None, guidance: float = 1.0) -> Pipeline:
+    def load(cls, source: str, revision: str | None = None, guidance: float = 1.0, size: int | None = None) -> Pipeline:
         """Reads a pipeline folder or hub id, or the folder of a single network with a scheduler.
 
         Args:
             guidance: scale at which it will be asked, 1 is none.
+            size: side of its pictures in pixels; null is the size that the network was made for.
 
         Raises:
             UserError: there is none, it has parts that are not served, or it has no condition to be guided by.
@@ -63,7 +64,10 @@ class Pipeline:
         if guidance != 1 and text is None and not classes:
             what = "A teacher without a condition cannot be guided"
             raise UserError(what, where="model.guidance", given=guidance, fix="1.0")
-        shape = codec.latent_shape(config.sample_size * codec.factor)
+        if size is None and not hasattr(config, "sample_size"):
+            what, given = "This network has no size of its own", type(denoiser.backbone).__name__
+            raise UserError(what, where="model.size", given=given, fix="the side of its pictures in pixels")
+        shape = codec.latent_shape(size or config.sample_size * codec.factor)
         return cls(denoiser, codec, text, teacher_identity(source, revision), shape, classes)
 
     def trainable(self, gradient_checkpointing: bool = False) -> Denoiser:

@@ -106,13 +106,15 @@ def paths_of(pipelines: Mapping[str, tuple[Any, float]], seed: int) -> dict[str,
     return found
 
 
-def curve_of(network: str, guidance: float, solver: Any, n: int, seed: int, steps: Sequence[int]) -> dict[int, float]:
+def curve_of(
+    network: str, guidance: float, solver: Any, n: int, seed: int, steps: Sequence[int], size: int | None = None
+) -> dict[int, float]:
     """Fréchet distance of a pipeline's pictures for n validation prompts, by its number of steps."""
     from lightning_modules.teacher import Teacher
 
     found = {}
     for number in steps:
-        method = Teacher(network, guidance=guidance, steps=number, solver=solver)
+        method = Teacher(network, guidance=guidance, steps=number, solver=solver, size=size)
         method.configure_model()
         found[number] = measure(method.eval(), "val", n, seed, ["fd"]).of("fd")
     return found
@@ -131,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--n", type=int, default=200, help="pictures of a point of the curve")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
     parser.add_argument("--toy-steps", type=int, default=1000, help="updates of the toy's reflow")
+    parser.add_argument("--size", type=int, help="side of the pictures, where the network has none")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     try:
@@ -146,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         paths = paths_of(pipelines, given.seed)
         directions = plane(paths["before"][-1])
         draw_paths({name: projected(points, directions) for name, points in paths.items()}, given.out / "paths.png")
-        shared = (given.n, given.seed, given.steps)
+        shared = (given.n, given.seed, given.steps, given.size)
         curves = {
             "teacher, DPM-Solver": curve_of(given.before, given.guidance, "dpmpp_2m", *shared),
             "reflowed, Euler": curve_of(given.after, given.alpha, "euler", *shared),

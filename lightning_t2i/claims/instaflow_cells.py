@@ -65,7 +65,7 @@ def train(cell: Cell) -> Measured:
     if "start" in options:
         more["model.start"] = str(newest(cell.after[options["start"]] / RUN / "checkpoints"))
     if "held" in options:
-        held = {"source": place(cell, "held", PAIRS), "teacher": teacher, "batch_size": 100}
+        held = {"source": place(cell, "held", PAIRS), "teacher": teacher, "split": "val", "batch_size": 100}
         more["data.val"] = {"class_path": "datamodules.pairs.Pairs", "init_args": held}
     found = fit(replace(cell, options={**options, "overrides": {**options["overrides"], **more}}))
     out = cell.folder / FLOW

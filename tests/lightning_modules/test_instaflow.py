@@ -825,6 +825,18 @@ def test_a_foreign_checkpoint_is_refused_as_a_start(tmp_path, sd, sd_pairs, prom
     refused(tmp_path, reflow(sd, start=str(tmp_path / "none")), data(prompts, sd_pairs, sd), "complete checkpoint")
 
 
+def test_a_reflow_of_flux_begins_as_its_teacher() -> None:
+    method = Reflow("assets/tiny/flux", guidance=3.0, size=32).eval()
+    method.configure_model()
+    assert method.shape == (4, 8, 8) and not method.converting
+    cond, z = method.condition(Records.of_prompts(["a red square"])), noise(torch.arange(1), method.shape)
+    with torch.no_grad():
+        expected = sample(method.teacher, z, cond, 3, 2.0, "euler")
+    torch.testing.assert_close(method.couple(z, cond, 3, 2.0), expected)
+    with pytest.raises(UserError, match="size"):
+        Reflow("assets/tiny/flux", guidance=3.0).configure_model()
+
+
 def test_an_edm_teacher_is_converted_exactly(edm) -> None:
     method = reflow(edm)
     method.configure_model()

@@ -53,7 +53,7 @@ def test_the_toys_numbers() -> None:
 def test_the_command_writes_three_pictures_and_their_numbers(tmp_path, capsys) -> None:
     """The tiny FLUX is a flow already, so it stands for the reflowed student as well."""
     words = ["--before", "assets/tiny/flux", "--after", "assets/tiny/flux", "--guidance", "1", "--alpha", "1"]
-    words += ["--n", "8", "--steps", "1", "2", "--toy-steps", "20", "--out", str(tmp_path / "out")]
+    words += ["--size", "32", "--n", "8", "--steps", "1", "2", "--toy-steps", "20", "--out", str(tmp_path / "out")]
     assert flow_figures.main(words) == 0
     assert {f.name for f in (tmp_path / "out").iterdir()} == {"toy.png", "paths.png", "curve.png", "flow_figures.json"}
     content = json.loads((tmp_path / "out/flow_figures.json").read_text())

@@ -141,8 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         toy = toy_paths(flows(given.seed, given.toy_steps), given.seed)
         draw_paths(toy, given.out / "toy.png")
         pipelines = {
-            "before": (Teacher(given.before), given.guidance),
-            "after reflow": (Teacher(given.after), given.alpha),
+            "before": (Teacher(given.before, size=given.size), given.guidance),
+            "after reflow": (Teacher(given.after, size=given.size), given.alpha),
         }
         for method, _ in pipelines.values():
             method.configure_model()

@@ -32,11 +32,15 @@ HUB_NAMES = {
     "CreativeML OpenRAIL-M": "creativeml-openrail-m",
     "OpenRAIL++-M": "openrail++",
 }
-# A scheduler of diffusers for StableDiffusionPipeline on a flow: it begins at .999 and not at 1.
-STOCK_FLOW = """from diffusers import DPMSolverMultistepScheduler
+# The parts of a flow's folder with a scheduler of diffusers, which begins at .999 and not at 1.
+STOCK_FLOW = """from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
+kinds = {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "tokenizer": CLIPTokenizer}
+parts = {name: kind.from_pretrained(folder, subfolder=name) for name, kind in kinds.items()}
 facts = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "solver_order": 1}
-scheduler = DPMSolverMultistepScheduler(**facts)  # from_pretrained(folder, scheduler=scheduler)"""
+scheduler, off = DPMSolverMultistepScheduler(**facts), {"safety_checker": None, "feature_extractor": None}
+pipeline = StableDiffusionPipeline(**parts, **off, scheduler=scheduler, requires_safety_checker=False)"""
 SCORES = ("val/", "eval/", "test/")
 GRID = "samples.png"
 
@@ -158,8 +162,8 @@ def use_section(stock: Stock) -> str:
     if stock.code:
         files = " and ".join(f"`{file}`" for file in stock.code)
         said += f"\n\nThe folder brings code that no library has, {files}; `trust_remote_code` lets it be imported."
-    if any(file.startswith("scheduler/") for file in stock.code):
-        said += f" Without that file, nearly the same:\n\n```python\n{STOCK_FLOW}\n```"
+    if stock.code == ["scheduler/flow_scheduler.py"]:
+        said += f" Without any code of the folder, nearly the same:\n\n```python\n{STOCK_FLOW}\n```"
     return said
 
 

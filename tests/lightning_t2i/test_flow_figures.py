@@ -60,5 +60,8 @@ def test_the_command_writes_three_pictures_and_their_numbers(tmp_path, capsys) -
     assert content["n"] == 8 and all(set(curve) == {"1", "2"} for curve in content["curve"].values())
     same = [content["straightness"][f"shapes, {name}"] for name in ("before", "after reflow")]
     assert same[0] == same[1] > 0
-    assert flow_figures.main(["--before", "no/such", "--after", "x", "--out", str(tmp_path), "--toy-steps", "2"]) == 2
+    assert (
+        flow_figures.main(["--before", "no/such/folder", "--after", "x", "--out", str(tmp_path), "--toy-steps", "2"])
+        == 2
+    )
     assert "No such model folder" in capsys.readouterr().err

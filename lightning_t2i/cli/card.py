@@ -33,7 +33,8 @@ HUB_NAMES = {
     "OpenRAIL++-M": "openrail++",
 }
 # The parts of a flow's folder with a scheduler of diffusers, which begins at .999 and not at 1.
-STOCK_FLOW = """from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+STOCK_FLOW = """from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextModel, CLIPTokenizer
 
 kinds = {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "tokenizer": CLIPTokenizer}

@@ -47,7 +47,7 @@ def _begin(script: str, arguments: list[str], settings: dict[str, Any]) -> None:
     from lightning.pytorch.strategies.launchers import subprocess_script as of_lightning
 
     for finalizer in weakref.finalize._registry:
-        finalizer.atexit = False  # what modules made while they were imported, as W&B's folder, is the server's
+        finalizer.atexit = False  # what modules made while they were imported is the server's
     forkserver._forkserver.ensure_running = lambda: None  # the one that this process comes from serves it as well
     for launcher in (of_fabric, of_lightning):  # of the other processes of a training
         launcher.subprocess = sys.modules[__name__]

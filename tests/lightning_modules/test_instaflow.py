@@ -667,6 +667,7 @@ def test_signals_and_what_validation_measures(tmp_path, sd, sd_pairs, prompts) -
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' flow sigmas
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_export_is_a_stock_pipeline_that_draws_our_latents(tmp_path, sd, sd_pairs, prompts, steps) -> None:
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline

@@ -2,8 +2,8 @@
 
     g    s_ij = <zI_i, zT_j>, one vector each: sI = s, sT = s^T                                   CLIP (2103.00020)
     f    sI_ij = mean_k max_r <zI_i[k], zT_j[r]>,  sT_ij = mean_r max_k <zT_i[r], zI_j[k]>        FILIP (2111.07783)
-    r    f with the n1 tokens of a picture reduced to K                     lightning_t2i/networks/token_reduction.py
-    L    = 1/2 [mean_i CE(a sI_i, i) + mean_i CE(a sT_i, i)]            over the pairs of all processes and micro-batches
+    r    f with the n1 tokens of a picture reduced to K               lightning_t2i/networks/token_reduction.py
+    L    = 1/2 [mean_i CE(a sI_i, i) + mean_i CE(a sT_i, i)]            over the pairs of all processes, micro-batches
     or   -1/B sum_ij log sigmoid(y_ij (a s_ij + b)),  s = 1/2 (sI + sT^T),  y = 1 for pairs, -1 else       (2303.15343)
 
     zI [B, n1, D]  unit tokens of a picture: projected outputs of the image tower, [CLS] left out (g: [CLS] alone, or
@@ -121,7 +121,9 @@ class Wukong(MethodModule):
             raise UserError(what, where="model.image", given=image, fix=fix)
         if keep_vectors and tower is not None:
             fix = "keep_vectors: false"
-            raise UserError("A tower that is trained gives new outputs", where="model.keep_vectors", given=True, fix=fix)
+            raise UserError(
+                "A tower that is trained gives new outputs", where="model.keep_vectors", given=True, fix=fix
+            )
         self.image_source, self.text_source, self.revision, self.tokenizer_source = image, text, revision, tokenizer
         self.style, self.width, self.reduced = style, width, reduced if style == "r" else None
         self.objective, self.pad, self.top_image, self.top_text = objective, pad, top_image, top_text

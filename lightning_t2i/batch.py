@@ -139,7 +139,8 @@ class Records:
 
     id [B] int64, hash of data set and key; position [B] int64, place in the stream's global sequence; image
     [B, 3, H, W] in [-1, 1]; latent [B, C, h, w] with unit scale; label [B] int64; noise_seed [B] int64; captions: all
-    of a picture, where a stream of a retrieval set gives them beside the drawn one; cursor: batches of the stream consumed once this one is.
+    of a picture, where a stream of a retrieval set gives them beside the drawn one; cursor: batches of the stream
+    consumed once this one is.
     """
 
     id: Tensor

@@ -119,9 +119,7 @@ class DualEncoderPipeline:
 
         mean, deviation = (list(values) for values in self.image.normalise)
         size = self.image.size
-        return CLIPImageProcessorPil(
-            size={"shortest_edge": size}, crop_size=size, image_mean=mean, image_std=deviation
-        )
+        return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size, image_mean=mean, image_std=deviation)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> DualEncoderPipeline:
@@ -132,7 +130,9 @@ class DualEncoderPipeline:
         """
         folder = Path(folder)
         if not (folder / FACTS).is_file():
-            raise UserError("Not a folder of a dual encoder", where=str(folder), fix="train.py export FOLDER writes one")
+            raise UserError(
+                "Not a folder of a dual encoder", where=str(folder), fix="train.py export FOLDER writes one"
+            )
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         heads = load_file(folder / HEADS) if (folder / HEADS).is_file() else {}
         if (folder / "image").is_dir():
@@ -146,8 +146,6 @@ class DualEncoderPipeline:
         mean, deviation = (tuple(values) for values in facts["normalise"])
         image = ImageTower(network, facts["tokens"], (mean, deviation))
         weights = {**heads, **{f"text.{k}": v for k, v in text.state_dict().items()}}
-        towers = DualEncoder(
-            text, image.width, facts["width"], facts["tokens"], facts["reduced"], bias=facts["bias"]
-        )
+        towers = DualEncoder(text, image.width, facts["width"], facts["tokens"], facts["reduced"], bias=facts["bias"])
         towers.load_state_dict(weights, assign=True)  # on meta where rank 0 reads for all
         return cls(image.eval(), towers.eval(), ChineseTokenizer(str(folder), facts["length"]), facts["pad"])

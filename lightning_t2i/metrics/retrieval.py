@@ -40,7 +40,7 @@ class TopK:
         places = torch.arange(first, first + scores.shape[1]).expand_as(scores)
         values = torch.cat([self.values[queries], scores], 1)
         indices = torch.cat([self.indices[queries], places], 1)
-        order = values.sort(1, descending=True, stable=True).indices[:, : self.values.shape[1]]
+        order = values.sort(dim=1, descending=True, stable=True).indices[:, : self.values.shape[1]]
         self.values[queries], self.indices[queries] = values.gather(1, order), indices.gather(1, order)
 
 
@@ -100,7 +100,7 @@ class RetrievalRecall:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             found: list[list[tuple[Tensor, ...]]] = [[] for _ in range(dist.get_world_size())]
             dist.all_gather_object(found, parts)
-            parts = [part for own in found for part in own]  # type: ignore[misc]
+            parts = [part for own in found for part in own]
         if not parts:
             raise UserError("No picture to search for", where="data.val")
         images, ids, texts, owners = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -110,7 +110,7 @@ class RetrievalRecall:
 
 
 def summary(to_text: Tensor, to_image: Tensor, pairs: Tensor) -> dict[str, float]:
-    """The names and values that are logged, of the best candidates [N, K] and [M, K] and (picture, text) pairs [P, 2]."""
+    """Names and values that are logged, of the best candidates [N, K] and [M, K] and (picture, text) pairs [P, 2]."""
     ways = {"i2t": (to_text, pairs, len(to_image)), "t2i": (to_image, pairs.flip(1), len(to_text))}
     values: dict[str, float] = {}
     for name, arguments in ways.items():

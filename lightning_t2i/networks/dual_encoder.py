@@ -51,10 +51,10 @@ class DualEncoder(nn.Module):
         self.text_projection = nn.Linear(text.config.hidden_size, width, bias=False)
         for layer in (self.image_projection, self.text_projection):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-        fits = projection is not None and not projection.is_meta  # on meta: rank 0 reads for all
-        if fits and projection.shape == self.image_projection.weight.shape:
+        own = self.image_projection.weight
+        if projection is not None and projection.shape == own.shape and not projection.is_meta:  # rank 0 reads for all
             with torch.no_grad():
-                self.image_projection.weight.copy_(projection)
+                own.copy_(projection)
         self.image_projection.requires_grad_(not lock_projection)
         self.reduction = TokenReduction(width, reduced) if reduced is not None else None
         # One element and not a scalar: FSDP2 cuts no tensors without dimensions.
@@ -100,7 +100,7 @@ class DualEncoder(nn.Module):
 
 
 def initialise_text(text: Any) -> None:
-    """CLIP's initial weights of a CLIPTextModel; transformers' own have the deviations of attention's two ends swapped."""
+    """CLIP's initial weights of a CLIPTextModel; transformers' own have attention's two deviations swapped."""
     width, depth = text.config.hidden_size, text.config.num_hidden_layers
     deep, std = width**-0.5 * (2 * depth) ** -0.5, width**-0.5
     nn.init.normal_(text.embeddings.token_embedding.weight, std=0.02)

@@ -27,9 +27,9 @@ Pad = Literal["exact", "zero_floor"]
 TILE = {"cpu": 2**20, "cuda": 2**26}  # cosines held at a time: what stays in a cache, and what fills a GPU
 
 
-def row_means(mask: Tensor) -> Tensor:
-    """Weights of a mean over the valid tokens of each row: bool [B, n] with one True at least -> float32 [B, n]."""
-    return mask.float() / mask.sum(1, keepdim=True)
+def row_means(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights of a mean over the valid tokens of each row: bool [B, n] with one True at least -> [B, n]."""
+    return mask.to(dtype) / mask.sum(1, keepdim=True)
 
 
 def _places(count: int) -> torch.dtype:
@@ -43,7 +43,7 @@ class _TokenSimilarity(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, u: Tensor, w: Tensor, valid: Tensor | None, back: bool, tile: int
     ) -> tuple[Tensor, Tensor | None]:
-        (b, n, d), (many, m, _) = x.shape, y.shape
+        (b, n, _), (many, m, _) = x.shape, y.shape
         keeps = any(ctx.needs_input_grad[:2])
         kind = torch.promote_types(x.dtype, torch.float32)
         a = x.new_empty(b, many, dtype=kind)
@@ -56,13 +56,13 @@ class _TokenSimilarity(torch.autograd.Function):
             cosines = (x.flatten(0, 1) @ y[part].flatten(0, 1).T).view(b, n, -1, m)
             if c is not None:
                 best, place = cosines.max(1)
-                c[part] = torch.einsum("bjr,jr->jb", best.to(kind), w[part].to(kind))
+                c[part] = torch.einsum("bjr,jr->jb", best.to(kind), w[part])
                 if keeps:
                     at_back[:, part] = place
             if valid is not None:
                 cosines.masked_fill_(~valid[part], -torch.inf)
             best, place = cosines.max(3)
-            a[:, part] = torch.einsum("bkj,bk->bj", best.to(kind), u.to(kind))
+            a[:, part] = torch.einsum("bkj,bk->bj", best.to(kind), u)
             if keeps:
                 at[:, :, part] = place
         ctx.save_for_backward(x, y, u, w, at, at_back)
@@ -78,10 +78,10 @@ class _TokenSimilarity(torch.autograd.Function):
         for j in range(0, many, ctx.step):
             part = slice(j, min(j + ctx.step, many))
             share = x.new_zeros(b, n, len(y[part]), m)
-            own = (da[:, None, part] * u[:, :, None].to(da)).to(x)
+            own = (da[:, None, part] * u[:, :, None]).to(x)
             share.scatter_(3, at[:, :, part, None].long(), own[..., None])
             if dc is not None:
-                own = (dc[part].T[:, :, None] * w[part].to(dc)).to(x)
+                own = (dc[part].T[:, :, None] * w[part]).to(x)
                 share.scatter_add_(1, at_back[:, None, part].long(), own[:, None])
             flat = share.view(b * n, -1)
             dx += flat @ y[part].flatten(0, 1)
@@ -116,8 +116,9 @@ def token_similarity(
     if x.shape[1] == y.shape[1] == 1:  # one vector each: cosines, equal both ways
         cosines = x[:, 0] @ y[:, 0].T
         return cosines, cosines.T if back else None
+    kind = torch.promote_types(x.dtype, torch.float32)
     u, w = (
-        row_means(torch.ones(tokens.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask)
+        row_means(torch.ones(tokens.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask, kind)
         for tokens, mask in ((x, x_mask), (y, y_mask))
     )
     if y_mask is not None and pad == "zero_floor":

@@ -29,6 +29,7 @@ from lightning_modules.wukong import Wukong
 from lightning_t2i.cli.configs import merge
 from lightning_t2i.dual_encoder_pipeline import DualEncoderPipeline
 from lightning_t2i.errors import UserError
+from lightning_t2i.forward_units import counting_units, differences
 from lightning_t2i.frozen import weights_hash
 from lightning_t2i.networks.dual_encoder import DualEncoder
 from lightning_t2i.networks.image_tower import ImageTower
@@ -38,6 +39,7 @@ from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions
 from lightning_t2i.paths import ROOT
 from lightning_t2i.processes.similarity import contrastive_loss, strips, token_similarity
 from lightning_t2i.protocols import Embeds, Exports
+from lightning_t2i.state_io import AtomicCheckpointIO
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .* does not have many workers")
 A = torch.tensor(10.0, dtype=torch.float64)
@@ -366,7 +368,7 @@ def test_P8_the_logged_loss_is_that_of_the_large_batch(tmp_path):
 def test_P8_the_scale_stays_in_its_range(tmp_path):
     for start, sign, end in ((99.0, -1.0, math.log(100)), (1.1, 1.0, 0.0)):
         module = wukong(tmp_path, scale=start, towers=plain(50.0))
-        module.loss = lambda features, sign=sign: (sign * features[3].mean(), {})
+        module.cached.loss = lambda features, sign=sign: (sign * features[3].mean(), {})
         trained(tmp_path, module, 1)
         assert float(module.towers.log_scale) == pytest.approx(end)
 
@@ -384,7 +386,7 @@ def test_P9_a_locked_tower_never_changes(tmp_path, facts):
     assert weights_hash(module.image) == before
     assert all(p.grad is None and not p.requires_grad for p in module.image.parameters())
     trainer.save_checkpoint(tmp_path / "c.ckpt", False)
-    state = torch.load(tmp_path / "c.ckpt", weights_only=True)
+    state = AtomicCheckpointIO().load_checkpoint(tmp_path / "c.ckpt")
     names = [*state["state_dict"], *state["t2i"]["groups"]["towers"]["states"]]
     assert names and not any("backbone" in name for name in names)
     assert not module.vectors(chinese(0, 2)).requires_grad
@@ -404,7 +406,7 @@ def test_P9_activations_do_not_depend_on_the_depth_of_a_locked_tower(tmp_path):
 def test_P9_a_checkpoint_without_the_tower_loads_on_the_same_one_and_on_no_other(tmp_path):
     module = wukong(tmp_path, towers=GroupOptions(adam(1e-2)))
     trained(tmp_path, module, 2).save_checkpoint(tmp_path / "c.ckpt", False)
-    state = torch.load(tmp_path / "c.ckpt", weights_only=True)
+    state = AtomicCheckpointIO().load_checkpoint(tmp_path / "c.ckpt")
     again = wukong(tmp_path)
     again.on_load_checkpoint(state)
     again.load_state_dict(state["state_dict"])
@@ -447,6 +449,15 @@ def test_P10_the_gradient_of_the_scale_is_that_of_the_softmax(tmp_path):
     torch.testing.assert_close(log.grad, a * sum(terms) / 2)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("tower", [None, plain()], ids=["locked", "open"])
+def test_forward_units(tmp_path, count, tower):
+    module = wukong(tmp_path, tower=tower, towers=plain(), common=MethodOptions(accumulate=count))
+    with counting_units(module) as units:
+        trained(tmp_path, module, 2)
+    assert differences(module.forward_units(), units.per_step()) == {}
+
+
 # ---- options, data, exports, errors ----------------------------------------------------------------------------------
 
 
@@ -469,7 +480,7 @@ def test_it_learns_which_text_belongs_to_which_picture(tmp_path, style):
 @pytest.mark.parametrize(
     "option",
     [
-        {"pad": "zero_floor"}, {"objective": "sigmoid"}, {"top_image": 0.5}, {"top_text": 0.5}, {"smoothing": 0.2},
+        {"pad": "zero_floor"}, {"objective": "sigmoid"}, {"top_image": 0.5}, {"top_text": 0.125}, {"smoothing": 0.2},
         {"scale": 50.0}, {"objective": "sigmoid", "bias": 0.0},
     ],
     ids=str,
@@ -633,7 +644,7 @@ def test_networks_that_do_not_fit_are_refused(tmp_path):
 
 # ---- paper scale -----------------------------------------------------------------------------------------------------
 
-# Parameters in millions of image and text side, each with its projection (spec, section 3; Swin-L's is a count of ours).
+# Parameters in millions of image and text side, each with its projection; Swin-L's is a count of ours.
 SIZES = {
     "vit_b32_g": ("clip_vit_b32", "wukong_text_512", 87.85, 48.93),
     "vit_b32_f": ("clip_vit_b32", "wukong_text_512", 87.65, 48.79),

@@ -37,6 +37,7 @@ from lightning_t2i.networks.load import build_network
 from lightning_t2i.networks.token_reduction import GroupedLinear, TokenReduction
 from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions
 from lightning_t2i.paths import ROOT
+from lightning_t2i.preflight.rehearsal import kinds_of_steps
 from lightning_t2i.processes.similarity import contrastive_loss, strips, token_similarity
 from lightning_t2i.protocols import Embeds, Exports
 from lightning_t2i.state_io import AtomicCheckpointIO
@@ -435,6 +436,9 @@ def test_P9_the_stage_switch_unlocks_the_tower(tmp_path):
     start = wukong(tmp_path)
     assert hashes[0] == weights_hash(start.image) != hashes[1]
     assert module.groups["image"].updates == 2
+    assert kinds_of_steps(module, 4) == [(0, 0.5), (2, 0.5)]  # what `check` rehearses
+    with pytest.raises(UserError, match="begin at 0"):
+        plain(start=-1)
 
 
 # ---- P10 -------------------------------------------------------------------------------------------------------------

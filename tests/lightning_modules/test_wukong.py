@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -275,17 +274,16 @@ def gradients_of(module: Wukong) -> list[torch.Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in module.groups["towers"].parameters]
 
 
-def half(rank: int, style: str, objective: str) -> list[torch.Tensor]:
-    sys.path.append(str(Path(__file__).resolve().parents[1] / "helpers"))
-    return shared(rank, 2, style, objective)
+def half(rank: int, image: str, style: str, objective: str) -> list[torch.Tensor]:
+    return shared(rank, 2, image, style, objective)
 
 
-def shared(rank: int, world: int, style: str, objective: str) -> list[torch.Tensor]:
+def shared(rank: int, world: int, image: str, style: str, objective: str) -> list[torch.Tensor]:
     """Loss and gradients for eight pairs, each process with its share, averaged over processes."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        module = wukong(Path(folder), style=style, objective=objective).double()
+        module = wukong(Path(folder), image=image, style=style, objective=objective).double()
     main = chinese(8 // world * rank, 8 // world)
     Wukong.global_rank = property(lambda self: rank)
     ids = module.tokenize(main.caption, full=True)
@@ -302,11 +300,12 @@ def shared(rank: int, world: int, style: str, objective: str) -> list[torch.Tens
 @pytest.mark.parametrize(
     ("style", "objective"), [("g", "softmax"), ("f", "softmax"), ("r", "softmax"), ("f", "sigmoid")]
 )
-def test_P8_two_processes_have_the_loss_and_gradients_of_one(ranks, monkeypatch, style, objective):
+def test_P8_two_processes_have_the_loss_and_gradients_of_one(ranks, tmp_path, monkeypatch, style, objective):
     monkeypatch.setattr(Wukong, "global_rank", 0)
-    whole = shared(0, 1, style, objective)
+    image = image_folder(tmp_path)
+    whole = shared(0, 1, image, style, objective)
     assert any(float(g.abs().max()) > 0 for g in whole[1:])
-    for found in ranks(half, style, objective):
+    for found in ranks(half, image, style, objective):
         for a, b in zip(whole, found, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 

@@ -21,7 +21,6 @@ from datamodules.worlds.shapes_captions import ZH_COLOUR, ZH_SHAPE, captions, sh
 from datamodules.worlds.shapes_draw import png, render
 from datamodules.worlds.shapes_scenes import HELD_OUT, PAIRS
 from lightning_modules.wukong import Wukong
-from lightning_t2i.batch import Records
 from lightning_t2i.claims.spec import Cell, Measured
 from lightning_t2i.claims.training import RUN, fit
 from lightning_t2i.cli.restore import trained
@@ -33,7 +32,8 @@ from lightning_t2i.processes.similarity import contrastive_loss, token_similarit
 TOWER, ENGLISH = "tower", "english"
 PAIRS_SEEN = 2000  # pictures with Chinese captions
 OTHER_SEED = 1  # of the world whose scenes the English tower sees
-SHARED = {"shapes": {"source": "shapes", "short": True}, "openmoji": {"source": "openmoji"}}
+Complete = Any  # Records that have pictures, captions and, in the shapes world, scenes
+SHARED: dict[str, dict[str, Any]] = {"shapes": {"source": "shapes", "short": True}, "openmoji": {"source": "openmoji"}}
 
 
 def digest_of(picture: bytes) -> bytes:
@@ -99,7 +99,7 @@ def train(cell: Cell) -> Measured:
         return fit(inner)
 
 
-def records_of(world: str, split: str, n: int) -> list[Records]:
+def records_of(world: str, split: str, n: int) -> list[Complete]:
     """The first n pictures of a split, in batches of 100."""
     stream = RetrievalPairs(**SHARED[world], split=split, batch_size=100, languages=["zh"], limit=n, in_memory=True)
     stream.prepare()
@@ -109,11 +109,11 @@ def records_of(world: str, split: str, n: int) -> list[Records]:
     return [stream.load(range(i, min(i + 100, count)), i // 100) for i in range(0, count, 100)]
 
 
-def retrieval(method: Wukong, batches: Sequence[Records]) -> dict[str, float]:
+def retrieval(method: Wukong, batches: Sequence[Complete]) -> dict[str, float]:
     """Recalls over all captions, both ways, with chance: r1, r10, mean, chance."""
     recall, pictures, texts = RetrievalRecall(), 0, 0
     for records in batches:
-        own = records.captions or []
+        own = records.captions
         owners = torch.cat([records.id[i].repeat(len(found)) for i, found in enumerate(own)])
         words = method.encode_text([text for found in own for text in found])
         recall.add(method.encode_image(records.image), records.id, words, owners)
@@ -124,13 +124,13 @@ def retrieval(method: Wukong, batches: Sequence[Records]) -> dict[str, float]:
     return {"mr": found["mean"], **both, "chance": by_chance, "pictures": float(pictures)}
 
 
-def zero_shot(method: Wukong, batches: Sequence[Records]) -> dict[str, float]:
+def zero_shot(method: Wukong, batches: Sequence[Complete]) -> dict[str, float]:
     """Accuracy among the trained pairs of shape and colour, on pictures of one object: bare names and prompts."""
     known = [pair for pair in PAIRS if pair not in HELD_OUT]
     names = [f"{ZH_COLOUR[colour]}{ZH_SHAPE[shape]}" for shape, colour in known]
     images, labels = [], []
     for records in batches:
-        for row, scene in enumerate(records.scene or []):
+        for row, scene in enumerate(records.scene):
             pair = (scene["objects"][0]["shape"], scene["objects"][0]["colour"])
             if len(scene["objects"]) == 1 and pair in known:
                 images.append(records.image[row])
@@ -148,12 +148,12 @@ def swapped(scene: dict[str, Any]) -> dict[str, Any]:
     return {**scene, "objects": [{**a, "colour": b["colour"]}, {**b, "colour": a["colour"]}]}
 
 
-def binding(method: Wukong, batches: Sequence[Records]) -> dict[str, float]:
+def binding(method: Wukong, batches: Sequence[Complete]) -> dict[str, float]:
     """How often a picture of two objects is nearer to its caption than to that with exchanged colours."""
     right = total = 0
     for records in batches:
-        rows = [i for i, scene in enumerate(records.scene or []) if len(scene["objects"]) == len(scene["ask"]) == 2]
-        scenes = [(records.scene or [])[i] for i in rows]
+        rows = [i for i, scene in enumerate(records.scene) if len(scene["objects"]) == len(scene["ask"]) == 2]
+        scenes = [records.scene[i] for i in rows]
         images = method.encode_image(records.image[rows])
         good, bad = (
             method.pipeline.similarity(images, method.encode_text([short_chinese(s)[0] for s in found]))[0].diagonal()
@@ -163,13 +163,13 @@ def binding(method: Wukong, batches: Sequence[Records]) -> dict[str, float]:
     return {"binding": right / total}
 
 
-def location(method: Wukong, batches: Sequence[Records]) -> dict[str, float]:
+def location(method: Wukong, batches: Sequence[Complete]) -> dict[str, float]:
     """How often the best patch of a word's characters lies on the object that it names, and these objects' share."""
     if method.style != "f":
         return {}
     hits, areas = [], []
     for records in batches:
-        for row, scene in enumerate(records.scene or []):
+        for row, scene in enumerate(records.scene):
             if len(scene["objects"]) == len(scene["ask"]) == 2:
                 text = short_chinese(scene)[0]
                 tokens = method.encode_text([text])[0]
@@ -196,13 +196,13 @@ def on_object(box: Sequence[int], side: int, size: int) -> list[bool]:
     return found
 
 
-def full_loss(method: Wukong, batches: Sequence[Records]) -> dict[str, float]:
+def full_loss(method: Wukong, batches: Sequence[Complete]) -> dict[str, float]:
     """The loss of all tokens over batches of 100, whatever shares were trained on."""
     total = 0.0
     for records in batches:
         vectors, ids = method.image(records.image), method.tokenize(records.caption, full=True)
         images, texts, mask, scale, _ = method.generator_of("towers")(vectors, ids)
-        there, back = token_similarity(images, texts, None, mask, method.pad, back=True)  # type: ignore[arg-type]
+        there, back = token_similarity(images, texts, None, mask, method.pad, back=True)
         assert back is not None
         total += float(contrastive_loss(there, back, scale))
     return {"loss": total / len(batches)}
@@ -255,12 +255,12 @@ def bag(cell: Cell) -> Measured:
 
     tower = ImageTower.build(str(cell.after["pretrain"] / TOWER), tokens=True)
     sets = [records_of("openmoji", split, n) for split, n in (("train", 10_000), ("test", cell.options["n"]))]
-    letters = sorted({c for batches in sets[:1] for r in batches for own in r.captions or [] for c in "".join(own)})
+    letters = sorted({c for batches in sets[:1] for r in batches for own in r.captions for c in "".join(own)})
     place = {c: i for i, c in enumerate(letters)}
 
-    def parts(batches: Sequence[Records]) -> tuple[Tensor, Tensor]:
+    def parts(batches: Sequence[Complete]) -> tuple[Tensor, Tensor]:
         images = torch.cat([tower(r.image).mean(1) for r in batches])
-        rows = [own for r in batches for own in r.captions or []]
+        rows = [own for r in batches for own in r.captions]
         bags = torch.zeros(len(rows), len(letters))
         for row, own in enumerate(rows):
             bags[row, [place[c] for c in "".join(own) if c in place]] = 1.0

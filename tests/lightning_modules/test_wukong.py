@@ -212,8 +212,8 @@ def test_P6_no_selection_is_the_mean_of_the_values():
 def test_P6_parameters_are_counted(count, size):
     layer = TokenReduction(256, count)
     assert sum(p.numel() for p in layer.parameters()) == size == 65536 // 8 * 2 + 256 * count + 512
-    assert float(layer.mix.weight.std()) == pytest.approx((2 / 256) ** 0.5, rel=0.05)
-    assert float(layer.select.weight.std()) == pytest.approx((2 / count) ** 0.5, rel=0.05)
+    assert layer.mix.weight.std().item() == pytest.approx((2 / 256) ** 0.5, rel=0.05)
+    assert layer.select.weight.std().item() == pytest.approx((2 / count) ** 0.5, rel=0.05)
 
 
 def test_P6_grouped_linear_is_the_grouped_convolution():
@@ -264,7 +264,7 @@ def test_P7_weights_begin_as_clips(tmp_path):
         layer.self_attn.q_proj: 64**-0.5, layer.self_attn.out_proj: 64**-0.5 * 4**-0.5,
         layer.mlp.fc1: 128**-0.5, layer.mlp.fc2: 64**-0.5 * 4**-0.5,
     }  # fmt: skip
-    assert {m: float(m.weight.std()) for m in deviations} == pytest.approx(deviations, rel=0.1)
+    assert {m: m.weight.std().item() for m in deviations} == pytest.approx(deviations, rel=0.1)
 
 
 # ---- P8: processes and micro-batches ---------------------------------------------------------------------------------
@@ -370,7 +370,7 @@ def test_P8_the_scale_stays_in_its_range(tmp_path):
         module = wukong(tmp_path, scale=start, towers=plain(50.0))
         module.cached.loss = lambda features, sign=sign: (sign * features[3].mean(), {})
         trained(tmp_path, module, 1)
-        assert float(module.towers.log_scale) == pytest.approx(end)
+        assert module.towers.log_scale.item() == pytest.approx(end)
 
 
 # ---- P9: locked ------------------------------------------------------------------------------------------------------
@@ -605,7 +605,7 @@ def test_a_training_goes_on_from_an_export(tmp_path):
     options = {"image": str(tmp_path / "out"), "text": str(tmp_path / "out"), "style": "r", "width": 8}
     again = Wukong(**options, reduced=3, tower=plain())
     again.configure_model()
-    assert float(again.towers.log_scale) == 1.5
+    assert again.towers.log_scale.item() == 1.5
     torch.testing.assert_close(again.encode_text(["猫"]), module.encode_text(["猫"]))
     torch.testing.assert_close(again.encode_image(chinese(0, 2).image), module.encode_image(chinese(0, 2).image))
     trained(tmp_path, again, 1)

@@ -1,4 +1,4 @@
-"""Caching schedules: which parts of a diffusion transformer are computed in which sampling step, and what that costs."""
+"""Caching schedules: what of a diffusion transformer is computed in which sampling step, and what it costs."""
 
 from lightning_t2i.caching.cost import Cost
 from lightning_t2i.caching.executor import Executor, apply

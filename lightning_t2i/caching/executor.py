@@ -69,15 +69,7 @@ class Executor:
         self.plan: Plan | None = None
         self.slots, self.peak = Slots(), 0
         self._attached: list[tuple[nn.Module, bool, bool]] = []
-        modules = dict(backbone.named_modules())
-        self._attach(backbone, _Begin(self))
-        if kind == "hooks":
-            for column, path in enumerate(self.layout.components):
-                self._attach(modules[path], _Component(self, column))
-        else:
-            for number, (path, block) in enumerate(self.layout.blocks):
-                self._attach(modules[path], _Block(self, number, block))
-        HookRegistry.check_if_exists_or_initialize(backbone).invalidate_child_registries_cache()
+        self.attach()
 
     def use(self, schedule: Schedule | None) -> Executor:
         """Runs this schedule from the next sampling on; None computes everything and keeps nothing.
@@ -94,6 +86,18 @@ class Executor:
     def reset(self) -> None:
         """Forgets what is kept."""
         self.contexts, self.slots, self.peak = {}, Slots(), 0
+
+    def attach(self) -> None:
+        """Puts the hooks on, as the constructor does, after a `detach`."""
+        modules = dict(self.backbone.named_modules())
+        self._attach(self.backbone, _Begin(self))
+        if self.kind == "hooks":
+            for column, path in enumerate(self.layout.components):
+                self._attach(modules[path], _Component(self, column))
+        else:
+            for number, (path, block) in enumerate(self.layout.blocks):
+                self._attach(modules[path], _Block(self, number, block))
+        HookRegistry.check_if_exists_or_initialize(self.backbone).invalidate_child_registries_cache()
 
     def detach(self) -> None:
         """Leaves the transformer as it was found."""

@@ -36,7 +36,7 @@ from torch import Tensor
 from lightning_t2i.batch import Batch, Cond, Records
 from lightning_t2i.caching import Cost, Executor, Schedule
 from lightning_t2i.caching.archive import chosen
-from lightning_t2i.caching.calibration import Calibration, Sampler, Uses
+from lightning_t2i.caching.calibration import Calibration, Sampler, Uses, refuse_uneven
 from lightning_t2i.caching.comparison import compared, held_out
 from lightning_t2i.caching.executor import Kind
 from lightning_t2i.caching.front import write_front, write_picks, write_plots
@@ -50,9 +50,11 @@ from lightning_t2i.method import MethodModule
 from lightning_t2i.networks.build import save_pipeline
 from lightning_t2i.networks.codec import LatentCodec
 from lightning_t2i.networks.denoiser import Denoiser
+from lightning_t2i.networks.load import load_process
 from lightning_t2i.networks.text_encoder import TextEncoder
 from lightning_t2i.options import MethodOptions
 from lightning_t2i.paths import resolve
+from lightning_t2i.processes import Process
 
 
 class ECAD(MethodModule):
@@ -60,6 +62,8 @@ class ECAD(MethodModule):
 
     Args:
         network: pipeline folder or hub id.
+        parts: that of autoencoder, text encoder and scheduler; null is the network's.
+        process: noise process and its grid of times; null reads it from the scheduler.
         revision: commit of a hub id.
         reward: what a search maximises.
         judge: what validation reports on other prompts.
@@ -80,6 +84,8 @@ class ECAD(MethodModule):
     def __init__(
         self,
         network: str,
+        parts: str | None = None,
+        process: Process | None = None,
         revision: str | None = None,
         reward: Reward | None = None,
         judge: Reward | None = None,
@@ -104,7 +110,8 @@ class ECAD(MethodModule):
         if self.common.accumulate > 1:
             what, where = "A generation is one training step", "model.common.accumulate"
             raise UserError(what, where=where, given=self.common.accumulate, allowed="1", fix="micro_batch: 50")
-        self.source, self.revision, self.steps, self.guidance, self.solver = network, revision, steps, guidance, solver
+        self.source, self.parts, self.process, self.revision = network, parts or network, process, revision
+        self.steps, self.guidance, self.solver = steps, guidance, solver
         self.reward, self.judge = reward or Attributes(), judge or Detector()
         self.embedded_guidance, self.size, self.text_length = embedded_guidance, size, text_length
         self.seeds, self.micro_batch, self.kind = seeds, micro_batch, executor
@@ -112,19 +119,21 @@ class ECAD(MethodModule):
         self._saved: Any = None
 
     def configure_model(self) -> None:
-        identity = folder_identity(resolve(self.source), self.revision)
+        identity, others = (folder_identity(resolve(s), self.revision) for s in (self.source, self.parts))
         dtype = torch.bfloat16 if self.common.precision == "bf16" else None
-        denoiser = Denoiser.from_pretrained(self.source, revision=self.revision)
-        codec = LatentCodec.from_pretrained(self.source, revision=self.revision)
-        text = TextEncoder.from_pretrained(self.source, revision=self.revision, t5_length=self.text_length)
+        known, prediction = load_process(self.parts, self.revision)
+        made: dict[str, Any] = {"process": self.process or known, "prediction": prediction}
+        denoiser = Denoiser.from_pretrained(self.source, revision=self.revision, **made)
+        codec = LatentCodec.from_pretrained(self.parts, revision=self.revision)
+        text = TextEncoder.from_pretrained(self.parts, revision=self.revision, t5_length=self.text_length)
         size = self.size or getattr(denoiser.backbone.config, "sample_size", 0) * codec.factor
         if not size:
             raise UserError("The network does not say how large its pictures are", where="model.size", fix="size: 256")
         shape = codec.latent_shape(size)
         self.sampler = Sampler(denoiser, codec, shape, self.steps, self.guidance, self.solver)
         self.add_frozen("denoiser", denoiser, identity, dtype)
-        self.add_frozen("codec", codec, identity)
-        self.add_frozen("text", text, identity, dtype)
+        self.add_frozen("codec", codec, others)
+        self.add_frozen("text", text, others, dtype)
 
     def open(self) -> ECAD:
         """Hooks the network and counts it, once; a search that was loaded is there then."""
@@ -148,6 +157,7 @@ class ECAD(MethodModule):
         self.reward.setup(self.device)
         self.places = places
         self.open().calibration = self.calibrated(range(self.seeds))
+        refuse_uneven(self.denoiser, self.calibration, self.micro_batch, places[1], self.options.race)
 
     def calibrated(self, seeds: range) -> Calibration:
         """This process's share of the prompts with some seeds."""
@@ -261,6 +271,9 @@ class ECAD(MethodModule):
 
     def export(self, folder: Path, batches: Iterable[Batch]) -> None:
         """Writes the stock pipeline, which nothing has changed, front.json and the picks of the front beside it."""
+        found = self.found()
+        self.executor.detach()  # a copy of the network is written
         save_pipeline(folder, self.denoiser, self.codec, self.text)
-        write_front(folder, self.found())
-        write_picks(folder, self.found())
+        write_front(folder, found)
+        write_picks(folder, found)
+        self.executor.attach()

@@ -10,15 +10,17 @@ Which pictures share a micro-batch depends on no process, so the bits of a pictu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_t2i.batch import Cond, Records
 from lightning_t2i.caching.rewards import Reward
 from lightning_t2i.caching.schedule import Schedule
+from lightning_t2i.errors import UserError
 from lightning_t2i.keys import Keys
 from lightning_t2i.networks.codec import LatentCodec
 from lightning_t2i.networks.denoiser import Denoiser
@@ -77,7 +79,7 @@ class Calibration:
         self.batches: list[tuple[Records, Cond | None, Tensor]] = []
         for number, places in enumerate(torch.arange(self.n).split(size)):
             if number % world == rank:
-                part = _rows(records, rows[places])
+                part = records.index(rows[places])
                 self.places.append(places)
                 self.batches.append((part, encode(part), numbers[places]))
 
@@ -113,12 +115,17 @@ class Calibration:
         return found
 
 
-def _rows(records: Any, rows: Tensor) -> Records:
-    """Some rows of records, more than once where they are named so."""
-    lists = {
-        name: [getattr(records, name)[i] for i in rows.tolist()]
-        for name in ("caption", "scene") if getattr(records, name) is not None
-    }  # fmt: skip
-    cond = records.cond.index(rows) if records.cond is not None else None
-    label = records.label[rows] if records.label is not None else None
-    return replace(Records(records.id[rows], records.position[rows], cond=cond, label=label), **lists)
+def refuse_uneven(network: nn.Module, calibration: Calibration, size: int, world: int, race: bool) -> None:
+    """A network that is cut over processes is called by all of them together, so that each must have as much to do.
+
+    Raises:
+        UserError: micro-batches do not divide, or a race would give some processes more of them than others.
+    """
+    if not any(isinstance(p, DTensor) for p in network.parameters()):
+        return
+    batches = -(-calibration.n // size)
+    if race or batches % world:
+        what = "The network is cut over the processes, so that each must make as many micro-batches"
+        given = f"race {race}, {batches} micro-batches on {world} processes"
+        fix = "search: {race: false}, and a micro_batch that divides, or base: ../trainer/ddp.yaml"
+        raise UserError(what, where="model.micro_batch", given=given, fix=fix)

@@ -64,7 +64,7 @@ class Cost:
             rows: rows of a picture: 2 with guidance, 1 without.
         """
         config = dict(backbone.config)
-        kind = next(c for c in type(backbone).__mro__ if c.__name__ == Layout.of(backbone).family)
+        kind: Any = next(c for c in type(backbone).__mro__ if c.__name__ == Layout.of(backbone).family)
         with torch.device("meta"):
             network = kind.from_config(config).eval()
             cond = Cond(

@@ -6,6 +6,7 @@ and writes. "brightness", the mean of all pixels in [0, 1], needs numpy alone an
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Callable
@@ -18,10 +19,9 @@ Score = Callable[[Any, list[str]], list[float]]
 
 def imagereward() -> Score:
     """ImageReward-v1.0 (arXiv 2304.05977), package image-reward."""
-    import ImageReward
     from PIL import Image
 
-    model = ImageReward.load("ImageReward-v1.0")
+    model = importlib.import_module("ImageReward").load("ImageReward-v1.0")
     return lambda pixels, prompts: [
         float(model.score(prompt, Image.fromarray(picture))) for picture, prompt in zip(pixels, prompts, strict=True)
     ]
@@ -29,9 +29,9 @@ def imagereward() -> Score:
 
 def hpsv2() -> Score:
     """HPS v2.1 (arXiv 2306.09341), package hpsv2."""
-    import hpsv2 as package
     from PIL import Image
 
+    package = importlib.import_module("hpsv2")
     return lambda pixels, prompts: [
         float(package.score([Image.fromarray(picture)], prompt, hps_version="v2.1")[0])
         for picture, prompt in zip(pixels, prompts, strict=True)

@@ -262,6 +262,8 @@ class ECAD(MethodModule):
         self._saved = checkpoint["t2i"].get("ecad")
         if self._saved is None or self._saved["made_for"] != self.made_for():
             raise UserError("The checkpoint is of another search", where="model", fix="start a new run with --run NAME")
+        if hasattr(self, "progress"):
+            self.progress.load(self._saved)
 
     def made_for(self) -> dict[str, Any]:
         """What the objectives of a search depend on, as plain values."""

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from torch import Tensor
 
 from lightning_t2i.batch import Records
@@ -63,7 +64,7 @@ def stock_caches(method: ECAD) -> dict[str, dict[str, float]]:
     for name, config in kinds.items():
         method.executor.detach()
         backbone.enable_cache(config)
-        with counted(backbone) as macs, backbone.cache_context("sampling"):
+        with counted(backbone) as macs:
             quality = method.measure([None], executor=Fresh(backbone)).mean()
         backbone.disable_cache()
         method.executor.attach()
@@ -73,15 +74,13 @@ def stock_caches(method: ECAD) -> dict[str, dict[str, float]]:
 
 
 class Fresh:
-    """Empties diffusers' caches before each sampling."""
+    """Empties diffusers' caches before each sampling, and opens their context."""
 
     def __init__(self, backbone: Any):
         self.backbone = backbone
 
     def use(self, schedule: Schedule | None) -> None:
         self.backbone._reset_stateful_cache()
-        from diffusers.hooks.hooks import CacheContext, _set_cache_context
-
         _set_cache_context(self.backbone, CacheContext("sampling"))
 
 

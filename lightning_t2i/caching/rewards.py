@@ -12,6 +12,7 @@ selects by its score, so distances in its features say nothing of what is found.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import subprocess
@@ -172,7 +173,8 @@ class Piped(Reward):
     def close(self) -> None:
         """Ends the process."""
         for stream in (self.process.stdin, self.process.stdout):
-            if stream is not None:
+            with contextlib.suppress(OSError):  # what is left in the buffer of a process that has ended
+                assert stream is not None
                 stream.close()
         self.process.wait(timeout=30)
 

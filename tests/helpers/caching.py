@@ -90,7 +90,7 @@ def method(network: str, **options: Any) -> ECAD:
     given: dict[str, Any] = {"steps": 4, "seeds": 2, "micro_batch": 2, "guidance": 3.0, "size": 16, **options}
     if "flux" in network:
         given.setdefault("solver", "euler")
-    return ECAD(network, Stripes(), Stripes(), search=SearchOptions(**search), common=common, **given)
+    return ECAD(network, reward=Stripes(), judge=Stripes(), search=SearchOptions(**search), common=common, **given)
 
 
 def data(folder: Path, batch: int = 8, n: int = 4) -> Streams:

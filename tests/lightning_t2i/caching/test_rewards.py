@@ -142,6 +142,7 @@ def test_scorers_that_do_not_start_or_end_at_once(tmp_path: Path) -> None:
     reward.process.wait()
     with pytest.raises(UserError, match="The scorer failed"):
         reward(torch.zeros(1, 3, 4, 4), records(1, caption=["a"]))
+    reward.close()
 
 
 def brightness(images: torch.Tensor, some: Records) -> torch.Tensor:

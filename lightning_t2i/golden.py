@@ -32,7 +32,7 @@ from lightning_t2i.paths import ROOT
 
 FOLDER = ROOT / "tests" / "golden"
 STEPS, BATCH, SCENES = 20, 8, 256
-GENERATIONS = {"ecad": 3}  # methods whose training step is a search's generation, on the prompts of their config
+GENERATIONS = {"ecad": 3}  # training steps of methods whose step is a search's generation
 EARLY, RTOL, LATER_RTOL = 10, 1e-4, 1e-3  # training steps up to which the first tolerance holds; then the second
 
 
@@ -81,18 +81,19 @@ def steps_of(method: str) -> int:
     return GENERATIONS.get(method, STEPS)
 
 
-def overrides(data: dict[str, Any], folder: Path, batch: int | None = BATCH) -> dict[tuple[str, ...], Any]:
+def overrides(data: dict[str, Any], folder: Path, limit: int | None = None) -> dict[tuple[str, ...], Any]:
     """What replaces the data of a config: few scenes and small batches for training, nothing to validate on.
 
     Args:
-        batch: size of the batches; None keeps the config's.
+        limit: scenes of `main`, where a search has fixed ones.
     """
     changed: dict[tuple[str, ...], Any] = {("data", "init_args", name): None for name in ("val", "test", "predict")}
     for name in ("main", "pairs", "real"):
         if data.get(name):
             place, arguments = ("data", "init_args", name, "init_args"), data[name].get("init_args") or {}
-            if batch is not None:
-                changed[(*place, "batch_size")] = batch
+            changed[(*place, "batch_size")] = BATCH
+            if limit is not None and name == "main":
+                changed[(*place, "limit")] = limit
             if arguments.get("source") in ("shapes", "openmoji"):
                 changed[(*place, "source")] = str(folder)
             if arguments.get("latents"):
@@ -114,10 +115,10 @@ def record(method: str, steps: int | None = None) -> Golden:
 
     if method not in methods():
         raise UserError("No such method has a tiny config", where="--method", given=method, allowed=methods())
-    batch = None if method in GENERATIONS else BATCH
+    limit = BATCH // 2 if method in GENERATIONS else None  # with two seeds each
     folder = ensure("shapes", train=SCENES, val=0, test=0, retrieval=0)
     merged = merge([ROOT / "configs" / method / "tiny.yaml"])
-    for place, value in overrides(merged.config["data"]["init_args"], folder, batch).items():
+    for place, value in overrides(merged.config["data"]["init_args"], folder, limit).items():
         merged.add(place, value, "lightning_t2i.golden")
     session = Session()
     session.parse(merged, "fit")

@@ -87,7 +87,7 @@ def method(network: str, **options: Any) -> ECAD:
     """A search on 4 prompts x 2 seeds."""
     search = {"population": 6, **options.pop("search", {})}
     common = MethodOptions(seed=options.pop("seed", 0), log_every=1)
-    given: dict[str, Any] = {"steps": 4, "seeds": 2, "micro_batch": 2, "guidance": 3.0, "size": 16, **options}
+    given: dict[str, Any] = {"steps": 4, "seeds": 2, "micro_batch": 4, "guidance": 3.0, "size": 16, **options}
     if "flux" in network:
         given.setdefault("solver", "euler")
     return ECAD(network, reward=Stripes(), judge=Stripes(), search=SearchOptions(**search), common=common, **given)
@@ -98,7 +98,10 @@ def data(folder: Path, batch: int = 8, n: int = 4) -> Streams:
     return Streams(main=Prompts(file, batch_size=batch), val=Prompts(file, batch_size=4, limit=4))
 
 
-def fit(folder: Path, module: ECAD, generations: int, **options: Any) -> L.Trainer:
+def fit(folder: Path, module: ECAD, generations: int, ends: bool = False, **options: Any) -> L.Trainer:
+    """Searches; only where it `ends` with comparisons and plots, which take longer than the search."""
+    if not ends:
+        module.on_train_end = lambda: None
     folder.mkdir(parents=True, exist_ok=True)
     resume = options.pop("resume", None)
     trainer = trainer_for(folder, generations, **options)

@@ -95,7 +95,7 @@ def test_data_is_replaced_by_few_scenes(tmp_path: Path) -> None:
     assert found[(*place, "latents")] is None and found[(*place, "batch_size")] == golden.BATCH
     assert ("data", "init_args", "pairs", "init_args", "source") not in found  # pairs belong to their teacher
     assert found[("data", "init_args", "val")] is None
-    assert (*place, "batch_size") not in overrides({"main": stream}, tmp_path, None)  # a search's prompts are fixed
+    assert (*place, "limit") not in found and overrides({"main": stream}, tmp_path, 4)[(*place, "limit")] == 4
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook, StateManager
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_t2i.caching.layout import COMPONENTS, PER_BLOCK, Layout
 from lightning_t2i.caching.programs import PROGRAMS, program
@@ -224,8 +224,10 @@ class _Block(ModelHook):
                     if mask[i]:
                         name = COMPONENTS[self.kind][i]
                         log.warning("step %d: nothing is kept of %s, so it is computed", step, name)
-        run = program(self.kind, tuple(mask), executor.kind == "compiled")
-        output, found = run(tuple(mask), module, slots, *PROGRAMS[self.kind].inputs(*args, **kwargs))
+        compiled, inputs = executor.kind == "compiled", PROGRAMS[self.kind].inputs(*args, **kwargs)
+        if compiled:  # the first block gets other strides than the rest, which would be programs of their own
+            inputs = tree_map_only(Tensor, Tensor.contiguous, inputs)
+        output, found = program(self.kind, tuple(mask), compiled)(tuple(mask), module, slots, *inputs)
         if plan is not None:
             for column, value in zip(columns, found, strict=True):
                 if not plan.keep[step, column]:

@@ -68,13 +68,18 @@ def plot_front(file: Path, found: Mapping[str, Any]) -> None:
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes: Any = figure.subplots()
-    again = [point.get("fresh_quality", point["quality"]) for point in found["front"]]
-    axes.plot([point["relative_macs"] for point in found["front"]], again, "o-", label="front")
+    front = found["front"]
+    macs, fresh = [point["relative_macs"] for point in front], [point.get("fresh_quality") for point in front]
+    axes.plot(macs, [point["quality"] for point in front], "o-", label="front, as the search saw it", alpha=0.4)
+    if None not in fresh:
+        axes.plot(macs, fresh, "o-", label="front, on fresh seeds", color="tab:blue")
     for name, point in found.get("baselines", {}).items():
-        axes.plot(point["relative_macs"], point["quality"], "x", color="tab:gray")
-        axes.annotate(name, (point["relative_macs"], point["quality"]), fontsize=7)
+        place = point["relative_macs"], point["quality"]
+        axes.plot(*place, "x", color="tab:gray")
+        axes.annotate(name, place, (0, -5), textcoords="offset points", fontsize=7, ha="center", va="top")
+    axes.margins(0.09)
     axes.set(xlabel="MACs, share of no cache", ylabel="quality")
-    axes.legend()
+    axes.legend(loc="lower right")
     figure.savefig(file, dpi=120)
 
 

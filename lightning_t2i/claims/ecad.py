@@ -35,7 +35,7 @@ MUTATION = {"reference": (0.05, None), "one": (1.0, None), "five": (1.0, 5 / 168
 def matrix(quick: bool = False) -> Matrix:
     """The claims, or with `quick` a rehearsal of them."""
     population, generations, n, few = (6, 3, 24, 12) if quick else (18, 12, 200, 100)
-    evolved, tuned = (4, 4) if quick else (150, 120)
+    evolved, tuned, batch = (4, 4, 4) if quick else (150, 120, 64)
     early = max(generations // 3, 1)
 
     def search(name: str, candidates: int, prompts: int, seeds: int) -> Arm:
@@ -80,8 +80,8 @@ def matrix(quick: bool = False) -> Matrix:
         Arm("thirds", cells.halved,
             {"full": "held-search", "small": "held-small", "early": early, "late": generations}, 1, "difference", 0.1,
             ("held-search", "held-small")),
-        Arm("times", cells.timed, {"of": "search"}, cells.POINTS * 2 * (cells.REPEATS + 1) * cells.TIMED, "picture",
-            JUDGED_S, ("search",)),
+        Arm("times", cells.timed, {"of": "search", "batch": batch}, cells.POINTS * 2 * (cells.REPEATS + 1) * batch,
+            "picture", JUDGED_S, ("search",)),
         Arm("train-sibling", fit, sibling, tuned, "training step", 0.5),
         Arm("sibling", cells.transferred, {"of": "search", "sibling": "train-sibling", "n": few, "k": 3}, 3 * few,
             "picture", JUDGED_S, ("search", "train-sibling")),

@@ -29,7 +29,7 @@ from lightning_t2i.keys import Keys
 from lightning_t2i.networks.load import build_network
 
 POINTS = 10  # of a front that are judged on held-out prompts, evenly spaced from its cheapest to its best
-TIMED, REPEATS = 64, 3  # pictures of a timed batch; the median of so many
+REPEATS = 3  # a time is the median of so many
 
 
 def searched(cell: Cell) -> Measured:
@@ -176,11 +176,14 @@ def transferred(cell: Cell) -> Measured:
 
 
 def timed(cell: Cell) -> Measured:
-    """Rank correlation of time and MACs over a front, and hooks against static programs; batch of TIMED pictures."""
+    """Rank correlation of time and MACs over a front, and hooks against static programs.
+
+    Options of (a search), batch (pictures that are made at a time).
+    """
     method: Any = trained(cell.after[cell.options["of"]] / RUN).eval()
     progress = method.open().progress
     method.executor.detach()
-    records = prompts("test", TIMED)[0]
+    records = prompts("test", cell.options["batch"])[0]
     z, cond = Keys(cell.seed).normal("z", records.position, method.sampler.shape), method.condition(records)
     front = front_after(progress.archive, method.steps * 1000)
     seconds = {}

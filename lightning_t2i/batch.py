@@ -167,6 +167,10 @@ class Records:
     def slice(self, start: int, stop: int) -> Records:
         return _take(self, slice(start, stop))
 
+    def index(self, rows) -> Records:
+        """The samples of `rows`, an index tensor; a row may be named more than once."""
+        return _take(self, rows)
+
     def to(self, device=None, non_blocking: bool = False) -> Records:
         return _map_tensors(self, lambda _, x: x.to(device, non_blocking=non_blocking))
 

@@ -1,5 +1,7 @@
 """Golden losses: the losses of the first 20 training steps of each method's tiny config, kept in tests/golden/.
 
+Of a search, whose training step is a generation, the objectives of the candidates of the first 3.
+
     python -m lightning_t2i.golden                            compares every method that has a golden file
     python -m lightning_t2i.golden --method NAME --refresh    prints the differences, then writes the file
 
@@ -30,6 +32,7 @@ from lightning_t2i.paths import ROOT
 
 FOLDER = ROOT / "tests" / "golden"
 STEPS, BATCH, SCENES = 20, 8, 256
+GENERATIONS = {"ecad": 3}  # training steps of methods whose step is a search's generation
 EARLY, RTOL, LATER_RTOL = 10, 1e-4, 1e-3  # training steps up to which the first tolerance holds; then the second
 
 
@@ -73,13 +76,24 @@ def methods() -> list[str]:
     return sorted(file.parent.name for file in (ROOT / "configs").glob("*/tiny.yaml"))
 
 
-def overrides(data: dict[str, Any], folder: Path) -> dict[tuple[str, ...], Any]:
-    """What replaces the data of a config: few scenes and small batches for training, nothing to validate on."""
+def steps_of(method: str) -> int:
+    """Training steps that are kept of a method."""
+    return GENERATIONS.get(method, STEPS)
+
+
+def overrides(data: dict[str, Any], folder: Path, limit: int | None = None) -> dict[tuple[str, ...], Any]:
+    """What replaces the data of a config: few scenes and small batches for training, nothing to validate on.
+
+    Args:
+        limit: scenes of `main`, where a search has fixed ones.
+    """
     changed: dict[tuple[str, ...], Any] = {("data", "init_args", name): None for name in ("val", "test", "predict")}
     for name in ("main", "pairs", "real"):
         if data.get(name):
             place, arguments = ("data", "init_args", name, "init_args"), data[name].get("init_args") or {}
             changed[(*place, "batch_size")] = BATCH
+            if limit is not None and name == "main":
+                changed[(*place, "limit")] = limit
             if arguments.get("source") in ("shapes", "openmoji"):
                 changed[(*place, "source")] = str(folder)
             if arguments.get("latents"):
@@ -87,7 +101,7 @@ def overrides(data: dict[str, Any], folder: Path) -> dict[tuple[str, ...], Any]:
     return changed
 
 
-def record(method: str, steps: int = STEPS) -> Golden:
+def record(method: str, steps: int | None = None) -> Golden:
     """Trains a method's tiny config for a few steps on the CPU, with one thread, in this process.
 
     Raises:
@@ -101,9 +115,10 @@ def record(method: str, steps: int = STEPS) -> Golden:
 
     if method not in methods():
         raise UserError("No such method has a tiny config", where="--method", given=method, allowed=methods())
+    limit = BATCH // 2 if method in GENERATIONS else None  # with two seeds each
     folder = ensure("shapes", train=SCENES, val=0, test=0, retrieval=0)
     merged = merge([ROOT / "configs" / method / "tiny.yaml"])
-    for place, value in overrides(merged.config["data"]["init_args"], folder).items():
+    for place, value in overrides(merged.config["data"]["init_args"], folder, limit).items():
         merged.add(place, value, "lightning_t2i.golden")
     session = Session()
     session.parse(merged, "fit")
@@ -111,7 +126,7 @@ def record(method: str, steps: int = STEPS) -> Golden:
     module = session.method
     with one_thread(), heard(module) as losses, tempfile.TemporaryDirectory() as runs:
         trainer = L.Trainer(
-            max_steps=steps,
+            max_steps=steps or steps_of(method),
             max_epochs=-1,
             accelerator="cpu",
             devices=1,
@@ -131,9 +146,14 @@ def record(method: str, steps: int = STEPS) -> Golden:
 
 @contextmanager
 def heard(module: Any) -> Iterator[list[list[tuple[str, float]]]]:
-    """Keeps the losses that a method gives to `backward`, step by step."""
+    """Keeps the losses that a method gives to `backward`, or a search to `tell`, step by step."""
     losses: list[list[tuple[str, float]]] = []
-    backward = module.backward
+    backward, tell = module.backward, getattr(module, "tell", lambda objectives: None)
+
+    def told(objectives: Any) -> None:
+        named = zip(("quality", "tmacs") * len(objectives), objectives.ravel().tolist(), strict=True)
+        losses.append([(name, float(f"{value:.9g}")) for name, value in named])
+        tell(objectives)
 
     def listened(names: str | tuple[str, ...], loss: Any, **scalars: Any) -> None:
         losses.extend([] for _ in range(module.counters.step + 1 - len(losses)))
@@ -141,10 +161,13 @@ def heard(module: Any) -> Iterator[list[list[tuple[str, float]]]]:
         backward(names, loss, **scalars)
 
     module.backward = listened
+    if hasattr(module, "tell"):
+        module.tell = told
     try:
         yield losses
     finally:
         del module.backward
+        vars(module).pop("tell", None)
 
 
 @contextmanager

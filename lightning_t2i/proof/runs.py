@@ -16,6 +16,7 @@ import yaml
 
 from lightning_t2i.cli.configs import merge
 from lightning_t2i.errors import UserError
+from lightning_t2i.golden import GENERATIONS
 from lightning_t2i.paths import ROOT
 from lightning_t2i.proof.compare import between
 from lightning_t2i.proof.witness import Kill
@@ -86,21 +87,26 @@ def write_config(config: Path, folder: Path, mesh: str, steps: int) -> Path:
     """A short training of a config on few samples, with accumulation, validation and many checkpoints."""
     replicate, shard = map(int, mesh.split("x"))
     streams = merge([config]).config["data"].get("init_args") or {}
+    searches = config.parent.name in GENERATIONS
     small: dict[str, Any] = {}
     for name, stream in streams.items():
         if isinstance(stream, dict) and "class_path" in stream:
             small[name] = {"init_args": {"batch_size": BATCH, "limit": SAMPLES}}
             if (stream.get("init_args") or {}).get("latents"):
                 small[name]["init_args"]["latents"] = None  # encoded in the run: nothing to prepare
+    options: dict[str, Any] = {"common": {"accumulate": 2, "log_every": 1, "validate_first": False}}
+    if searches:  # a step is a generation: every prompt with both seeds, never accumulated
+        small["main"]["init_args"]["limit"] = BATCH // 2
+        options["common"]["accumulate"], options["micro_batch"] = 1, 2
     trainer: dict[str, Any] = {"accelerator": "cpu", "devices": replicate * shard, "max_steps": steps}
     trainer |= {"val_check_interval": EVERY + 1, "limit_val_batches": 1}
     trainer["callbacks"] = [{"class_path": "lightning_t2i.proof.witness.Witness"}]
     if replicate * shard > 1:
-        options = {"replicate": replicate, "shard": shard}
-        trainer["strategy"] = {"class_path": "lightning_t2i.strategies.FSDP2", "init_args": options}
+        mesh_options = {"replicate": replicate, "shard": shard}
+        trainer["strategy"] = {"class_path": "lightning_t2i.strategies.FSDP2", "init_args": mesh_options}
     content = {
         "base": str(config),
-        "model": {"init_args": {"common": {"accumulate": 2, "log_every": 1, "validate_first": False}}},
+        "model": {"init_args": options},
         "trainer": trainer,
         "checkpoints": {"every": EVERY},
         "samples": {"enabled": False},

@@ -11,7 +11,7 @@ import torch
 from toy import Toy, ToyData, trainer_for
 
 from lightning_t2i import golden
-from lightning_t2i.golden import FOLDER, STEPS, Golden, compare, heard, main, overrides, record
+from lightning_t2i.golden import FOLDER, Golden, compare, heard, main, overrides, record, steps_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unable to serialize instance")
 FILES = sorted(FOLDER.glob("*.json"))
@@ -26,7 +26,7 @@ def test_both_methods_of_the_kit_have_golden_losses() -> None:
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_golden_losses(file: Path) -> None:
     kept = Golden.load(file)
-    assert kept.method == file.stem and len(kept.losses) == STEPS
+    assert kept.method == file.stem and len(kept.losses) == steps_of(kept.method)
     assert compare(kept, record(kept.method)) == []
 
 
@@ -95,6 +95,7 @@ def test_data_is_replaced_by_few_scenes(tmp_path: Path) -> None:
     assert found[(*place, "latents")] is None and found[(*place, "batch_size")] == golden.BATCH
     assert ("data", "init_args", "pairs", "init_args", "source") not in found  # pairs belong to their teacher
     assert found[("data", "init_args", "val")] is None
+    assert (*place, "limit") not in found and overrides({"main": stream}, tmp_path, 4)[(*place, "limit")] == 4
 
 
 @pytest.fixture

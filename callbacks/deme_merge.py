@@ -1,0 +1,228 @@
+"""Merges experts into one model when all of their deltas are there, and says what it is worth on what no search saw."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from callbacks.inference import data_name, first_records, log_metrics, undisturbed
+from lightning_t2i.batch import Cond, Records
+from lightning_t2i.errors import UserError
+from lightning_t2i.experts import Experts
+from lightning_t2i.keys import Keys
+from lightning_t2i.merge_search import Search, search
+from lightning_t2i.merging import PROVENANCE, read_header, write_provenance
+from lightning_t2i.metrics.scorers import ScorerOptions, build_scorer, check_metrics
+
+Data = list[tuple[Records, Cond | None]]
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """When experts are merged, and with which weights.
+
+    Args:
+        enabled: merge at the end of a fit, if the deltas of all ranges are there, into `merged` in the run's folder.
+        weights: w, one for each range; null searches for them.
+        search: how; the objective is the held-out loss over all ranges, on validation data.
+        grid: values of each weight in a grid search.
+        limit: evaluations after which gradient and coordinate search end.
+        n: samples of the objective, and pictures of each metric, rounded up to whole batches.
+        metrics: of shapes_score, fd, kd, recall, clip_score: of base, merged model and experts that take turns, on other
+            data than the search saw (the test split where there is one) and other noise.
+        in_validation: validate the merged model in the place of the expert that is trained, once all deltas are there.
+        networks: where the metrics' networks and references are.
+    """
+
+    enabled: bool = False
+    weights: list[float] | None = None
+    search: Search = "gradient"
+    grid: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 1.0])
+    limit: int = 60
+    n: int = 200
+    metrics: list[str] = field(default_factory=list)
+    in_validation: bool = False
+    networks: ScorerOptions = field(default_factory=ScorerOptions)
+
+    def __post_init__(self) -> None:
+        check_metrics(self.metrics, "merge.metrics")
+        for name in ("n", "limit"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1", where=f"merge.{name}", given=getattr(self, name))
+
+
+class HeldOut:
+    """The mean loss over all ranges as a function of w, at noise and times that stay; equal on all processes.
+
+    Memory is that of base and deltas, whole on every process.
+
+    Args:
+        module: whose experts are merged.
+        data: records with their conditions.
+        keys: of noise and times.
+    """
+
+    def __init__(self, module: Any, data: Data, keys: Keys):
+        self.module, self.data, self.keys, self.network = module, data, keys, module.plain()
+        self.theta = dict(self.network.named_parameters())
+        headers = [read_header(file)[0] for file in module.all_deltas()]
+        names = [name.removeprefix("backbone.") for name in self.theta]
+        self.taus = [[h[name].read().to(module.device, torch.float32) for name in names] for h in headers]
+
+    def loss(self, w: Tensor) -> Tensor:
+        """A scalar with a gradient by w [N]."""
+        parameters = {
+            name: theta + sum(x * taus[k] for x, taus in zip(w, self.taus, strict=True))
+            for k, (name, theta) in enumerate(self.theta.items())
+        }
+
+        def network(*inputs: Any) -> Tensor:
+            return functional_call(self.network, parameters, inputs)
+
+        return torch.stack([self.module.range_losses(network, r, c, self.keys).mean() for r, c in self.data]).mean()
+
+    def _reduced(self, value: Tensor) -> Tensor:
+        return self.module.trainer.strategy.reduce(value.detach(), reduce_op="mean")
+
+    def value(self, weights: Sequence[float]) -> float:
+        with torch.no_grad():
+            return float(self._reduced(self.loss(torch.tensor(weights, device=self.module.device))))
+
+    def gradient(self, weights: Sequence[float]) -> tuple[float, list[float]]:
+        w = torch.tensor(weights, device=self.module.device, dtype=torch.float32, requires_grad=True)
+        with torch.enable_grad():
+            loss = self.loss(w)
+            (slope,) = torch.autograd.grad(loss, w)
+        return float(self._reduced(loss)), self._reduced(slope).tolist()
+
+
+class DeMeMerge(L.Callback):
+    """Writes `merged`: the pipeline of the merged model, and merge.json with weights, deltas and measures.
+
+    Args:
+        folder: what is written.
+        options: when and how.
+    """
+
+    def __init__(self, folder: Path, options: MergeOptions | None = None):
+        self.folder, self.options = folder, options or MergeOptions()
+        self._done = False
+        self._merged = ExitStack()  # while a validation sees the merged model
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Refuses what could not be merged, before the training and not after it."""
+        self._check(pl_module)
+
+    def _check(self, module: Any) -> None:
+        options = self.options
+        if not (options.enabled or options.in_validation):
+            return
+        if not isinstance(module, Experts):
+            given, fix = type(module).__name__, "merge.enabled: false"
+            raise UserError("This method trains no experts to merge", where="merge", given=given, fix=fix)
+        if options.weights is not None and len(options.weights) != module.num_ranges:
+            given, allowed = f"{len(options.weights)} weights", f"{module.num_ranges}, one for each range"
+            raise UserError("There must be one weight for each range", where="merge.weights", given=given,
+                            allowed=allowed)  # fmt: skip
+        if options.in_validation and options.weights is None:
+            what, fix = "A validation does not search", "merge.weights: [0.25, 0.25, 0.25, 0.25]"
+            raise UserError(what, where="merge.weights", given="null", fix=fix)
+
+    # ---- in validations ------------------------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._check(pl_module)
+        if self.options.in_validation and pl_module.all_deltas() is not None:
+            self._merged.enter_context(pl_module.merged(self.options.weights))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._merged.close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._merged.close()
+
+    # ---- at the end ----------------------------------------------------------------------------------------------
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self.options.enabled:
+            pl_module.finish()  # the module's own hook comes after this one
+            self.merge(trainer, pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Merges where a run was killed in `on_train_end`: resumed, it has no step left and comes here at once."""
+        if self.options.enabled and not self._done:
+            pl_module.to(trainer.strategy.root_device)  # the strategy has taken it to the CPU
+            pl_module.finish()
+            self.merge(trainer, pl_module)
+
+    def merge(self, trainer: L.Trainer, module: Any) -> None:
+        """Finds weights, measures and writes; nothing while deltas are missing. All processes call it."""
+        files = module.all_deltas()
+        if files is None:
+            return
+        self._done, options = True, self.options
+        with undisturbed(module):
+            facts: dict[str, Any] = {"search": "given"}
+            weights = options.weights
+            if weights is None:
+                data = self._data(trainer, module, "val")
+                objective = HeldOut(module, data, module.keys.fork("merge"))
+                found = search(options.search, module.num_ranges, objective, options.grid, options.limit)
+                weights, loss = (
+                    found.weights,
+                    {"base": objective.value([0.0] * module.num_ranges), "merged": found.value},
+                )
+                facts = {"search": options.search, "evaluations": found.count, "search_loss": loss}
+            report = self._report(trainer, module, weights)
+        log_metrics(trainer, {f"merge/{name}": value for name, value in report.items()}, module.counters.step)
+        if trainer.is_global_zero:
+            if (self.folder / PROVENANCE).is_file():
+                shutil.rmtree(self.folder)
+            module.save(self.folder, module.plain(weights))
+            abouts = [read_header(file)[1] for file in files]
+            write_provenance(self.folder, module.identity, abouts, weights, **facts, report=report)
+        trainer.strategy.barrier()
+
+    def _data(self, trainer: L.Trainer, module: Any, split: str) -> Data:
+        found = first_records(trainer, split, self.options.n, module.device)
+        return [(records, module.condition(records)) for records in found]
+
+    def _report(self, trainer: L.Trainer, module: Any, weights: Sequence[float]) -> dict[str, float]:
+        """Loss and metrics of base, merged model and experts that take turns, on what no search saw."""
+        split = "test" if "test" in getattr(trainer.datamodule, "finite", {}) else "val"  # type: ignore[attr-defined]
+        data, keys = self._data(trainer, module, split), module.keys.fork("merge/report")
+        scorers = [build_scorer(name, self.options.networks, data_name(trainer, split)).to(module.device)
+                   for name in self.options.metrics]  # fmt: skip
+        found: dict[str, float] = {}
+        networks = {"base": module.plain, "merged": lambda: module.plain(weights),
+                    "switched": lambda: module.switch(module.experts())}  # fmt: skip
+        for name, make in networks.items():
+            network = make()
+            losses = torch.stack([module.range_losses(network, r, c, keys) for r, c in data]).mean(0)
+            losses = trainer.strategy.reduce(losses, reduce_op="mean")
+            found |= {f"{name}/loss": float(losses.mean())}
+            found |= {f"{name}/range_{i}": loss for i, loss in enumerate(losses.tolist())}
+            for records, cond in data if scorers else ():
+                images = module.sample(cond, keys, records.position, network)
+                for scorer in scorers:
+                    scorer.add(images, records)
+            for scorer in scorers:
+                found |= {f"{name}/{metric}": value for metric, value in scorer.results().items()}
+                scorer.reset()
+        return found
+
+
+def provenance(folder: Path) -> dict[str, Any]:
+    """What merge.json of a merged folder says."""
+    found: dict[str, Any] = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    return found

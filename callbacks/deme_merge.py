@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -12,19 +11,14 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
-from torch.func import functional_call
 
 from callbacks.inference import data_name, first_records, log_metrics, undisturbed
-from lightning_t2i.batch import Cond, Records
 from lightning_t2i.errors import UserError
 from lightning_t2i.experts import Experts
-from lightning_t2i.keys import Keys
+from lightning_t2i.held_out import Data, HeldOut
 from lightning_t2i.merge_search import Search, search
 from lightning_t2i.merging import PROVENANCE, read_header, write_provenance
 from lightning_t2i.metrics.scorers import ScorerOptions, build_scorer, check_metrics
-
-Data = list[tuple[Records, Cond | None]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +32,7 @@ class MergeOptions:
         grid: values of each weight in a grid search.
         limit: evaluations after which gradient and coordinate search end.
         n: samples of the objective, and pictures of each metric, rounded up to whole batches.
-        metrics: of shapes_score, fd, kd, recall, clip_score: of base, merged model and experts that take turns, on other
+        metrics: of shapes_score, fd, kd, recall, clip_score: of base, merged model and experts in turn, on other
             data than the search saw (the test split where there is one) and other noise.
         in_validation: validate the merged model in the place of the expert that is trained, once all deltas are there.
         networks: where the metrics' networks and references are.
@@ -59,51 +53,6 @@ class MergeOptions:
         for name in ("n", "limit"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1", where=f"merge.{name}", given=getattr(self, name))
-
-
-class HeldOut:
-    """The mean loss over all ranges as a function of w, at noise and times that stay; equal on all processes.
-
-    Memory is that of base and deltas, whole on every process.
-
-    Args:
-        module: whose experts are merged.
-        data: records with their conditions.
-        keys: of noise and times.
-    """
-
-    def __init__(self, module: Any, data: Data, keys: Keys):
-        self.module, self.data, self.keys, self.network = module, data, keys, module.plain()
-        self.theta = dict(self.network.named_parameters())
-        headers = [read_header(file)[0] for file in module.all_deltas()]
-        names = [name.removeprefix("backbone.") for name in self.theta]
-        self.taus = [[h[name].read().to(module.device, torch.float32) for name in names] for h in headers]
-
-    def loss(self, w: Tensor) -> Tensor:
-        """A scalar with a gradient by w [N]."""
-        parameters = {
-            name: theta + sum(x * taus[k] for x, taus in zip(w, self.taus, strict=True))
-            for k, (name, theta) in enumerate(self.theta.items())
-        }
-
-        def network(*inputs: Any) -> Tensor:
-            return functional_call(self.network, parameters, inputs)
-
-        return torch.stack([self.module.range_losses(network, r, c, self.keys).mean() for r, c in self.data]).mean()
-
-    def _reduced(self, value: Tensor) -> Tensor:
-        return self.module.trainer.strategy.reduce(value.detach(), reduce_op="mean")
-
-    def value(self, weights: Sequence[float]) -> float:
-        with torch.no_grad():
-            return float(self._reduced(self.loss(torch.tensor(weights, device=self.module.device))))
-
-    def gradient(self, weights: Sequence[float]) -> tuple[float, list[float]]:
-        w = torch.tensor(weights, device=self.module.device, dtype=torch.float32, requires_grad=True)
-        with torch.enable_grad():
-            loss = self.loss(w)
-            (slope,) = torch.autograd.grad(loss, w)
-        return float(self._reduced(loss)), self._reduced(slope).tolist()
 
 
 class DeMeMerge(L.Callback):
@@ -176,7 +125,7 @@ class DeMeMerge(L.Callback):
             weights = options.weights
             if weights is None:
                 data = self._data(trainer, module, "val")
-                objective = HeldOut(module, data, module.keys.fork("merge"))
+                objective = HeldOut(module, data, module.keys.fork("merge"), trainer.strategy.reduce)
                 found = search(options.search, module.num_ranges, objective, options.grid, options.limit)
                 weights, loss = (
                     found.weights,
@@ -199,7 +148,7 @@ class DeMeMerge(L.Callback):
 
     def _report(self, trainer: L.Trainer, module: Any, weights: Sequence[float]) -> dict[str, float]:
         """Loss and metrics of base, merged model and experts that take turns, on what no search saw."""
-        split = "test" if "test" in getattr(trainer.datamodule, "finite", {}) else "val"  # type: ignore[attr-defined]
+        split = "test" if "test" in getattr(trainer.datamodule, "finite", {}) else "val"
         data, keys = self._data(trainer, module, split), module.keys.fork("merge/report")
         scorers = [build_scorer(name, self.options.networks, data_name(trainer, split)).to(module.device)
                    for name in self.options.metrics]  # fmt: skip
@@ -220,9 +169,3 @@ class DeMeMerge(L.Callback):
                 found |= {f"{name}/{metric}": value for metric, value in scorer.results().items()}
                 scorer.reset()
         return found
-
-
-def provenance(folder: Path) -> dict[str, Any]:
-    """What merge.json of a merged folder says."""
-    found: dict[str, Any] = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-    return found

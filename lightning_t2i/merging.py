@@ -154,7 +154,8 @@ class Expert:
     """
 
     def __init__(self, source: Path, base: Mapping[str, Entry]):
-        self.source, self.about = source, {}
+        self.source = source
+        self.about: dict[str, str] = {}
         self.is_delta = source.is_file()
         if self.is_delta:
             tensors, self.about = read_header(source)

@@ -9,10 +9,11 @@ import torch
 from deme_parts import STEPS, Pictures, ProjectionOptions, deme, made_up, trained
 from distilling import same, states
 from pictures import PictureStream, fit, records
-from toy import Toy, ToyData
+from toy import Toy, ToyData, trainer_for
 
 from callbacks.deme_merge import DeMeMerge, MergeOptions
 from datamodules.streams import Streams
+from lightning_modules.deme import DeMe
 from lightning_t2i.errors import UserError
 from lightning_t2i.frozen import weights_hash
 from lightning_t2i.held_out import HeldOut
@@ -69,8 +70,6 @@ def test_every_search_is_no_worse_than_the_base_on_what_it_saw(base, tmp_path, m
 
 def test_searches_and_reports_see_other_data_and_other_noise(base, tmp_path, monkeypatch):
     seen = []
-    from lightning_modules.deme import DeMe
-
     measure = DeMe.range_losses
 
     def told(self, network, given, cond, keys):
@@ -87,7 +86,7 @@ def test_searches_and_reports_see_other_data_and_other_noise(base, tmp_path, mon
 
 def test_metrics_of_base_merged_and_experts_in_turn(base, tmp_path):
     options = MergeOptions(True, [0.5, 0.5], n=4, metrics=["fd"])
-    module, about = merged_by(tmp_path, base, options)
+    _, about = merged_by(tmp_path, base, options)
     for name in ("base", "merged", "switched"):
         assert any(key.startswith(f"{name}/fd@") for key in about["report"])
 
@@ -104,15 +103,9 @@ def test_a_run_that_was_killed_before_its_merge_merges_when_it_is_resumed(base, 
     module = deme(base, tmp_path / "deltas")
     made = fit(tmp_path / "again", module, 2 * STEPS)
     made.save_checkpoint(tmp_path / "checkpoint")
-    later, callback = (
-        deme(base, tmp_path / "deltas"),
-        DeMeMerge(tmp_path / "merged", MergeOptions(True, [1.0, 0.0], n=4)),
-    )
-    trainer = L.Trainer(
-        max_steps=2 * STEPS, max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[callback], plugins=made.strategy.checkpoint_io,
-        default_root_dir=str(tmp_path),
-    )  # fmt: skip
+    later = deme(base, tmp_path / "deltas")
+    callback = DeMeMerge(tmp_path / "merged", MergeOptions(True, [1.0, 0.0], n=4))
+    trainer = trainer_for(tmp_path, 2 * STEPS, max_epochs=-1, check_val_every_n_epoch=None, callbacks=[callback])
     trainer.fit(later, Pictures(), ckpt_path=str(tmp_path / "checkpoint"), weights_only=True)
     assert (tmp_path / "merged" / "merge.json").is_file()
 

@@ -1,9 +1,9 @@
 """Merging four experts of Stable Diffusion's size: time against that of the disk, and memory.
 
 Five folders hold random weights of the true shapes of Stable Diffusion 1.5's U-Net, in float32. "merge" is
-`lightning_t2i.merging.merge_folders`; "disk" reads the same five files and writes one, in parts, without any arithmetic:
-what no merge can beat. Both begin with files that are not cached, where the system lets them be dropped. "memory" is the
-most that the process held beyond what it had before the merge; "in memory" is what five loaded models take.
+`lightning_t2i.merging.merge_folders` in a process of its own; "disk" reads these five files and writes one, in parts
+and without arithmetic, which no merge can beat. Both begin with files that are not cached, where the system lets them
+be dropped. "memory" is the most that the process held beyond what it had before; "in memory" is what five models take.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.running import isolated
 from lightning_t2i.keys import Keys
 from lightning_t2i.merging import merge_folders, write_streamed
 from lightning_t2i.networks.load import build_network, read_architecture
@@ -85,6 +85,14 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def merge_alone(out: str, folders: list[str]) -> tuple[float, float]:
+    """Seconds of a merge, and the gigabytes that it needed; for a process of its own."""
+    base, *experts = map(Path, folders)
+    before, start = peak(), time.perf_counter()
+    merge_folders(Path(out), base, experts, WEIGHTS)
+    return time.perf_counter() - start, (peak() - before) / 1e9
+
+
 def measure(quick: bool = False) -> dict[str, Any]:
     """One row; quick: the tiny network."""
     name = "quick" if quick else "full"
@@ -97,10 +105,8 @@ def measure(quick: bool = False) -> dict[str, Any]:
         taken = disk(files, folder / "copy")
         (folder / "copy").unlink()
         uncached(files)
-        before, start = peak(), time.perf_counter()
-        merge_folders(folder / "out", base, experts, WEIGHTS)
-        seconds, memory = time.perf_counter() - start, (peak() - before) / 1e9
-        shutil.rmtree(folder / "out")
+        names = [str(f) for f in (base, *experts)]
+        seconds, memory = isolated("benchmarks.merging", "merge_alone", out=str(folder / "out"), folders=names)
     label = Path(spec).stem
     bar = "yes" if memory < BAR else "no"
     row = [label, EXPERTS, (EXPERTS + 1) * size / 1e9, size / 1e9, seconds, taken, seconds / taken, memory]

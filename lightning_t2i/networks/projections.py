@@ -28,7 +28,7 @@ from lightning_t2i.errors import UserError
 
 Blocks = Literal["none", "all", "foldable"]
 OURS = "Projected"  # what the name of a stock class begins with, once it has projections
-WHY = "its channel projections do not fold into stock layers: skip connections read what comes before them"
+WHY = "its channel projections do not fold into stock layers, since other layers read what comes before them"
 TRANSFORMERS = ("transformer_blocks", "single_transformer_blocks")
 
 

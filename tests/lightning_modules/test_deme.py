@@ -16,6 +16,7 @@ from toy import trainer_for
 from lightning_modules.deme import DeMe, expert_loss, per_sample, ranges
 from lightning_modules.diffusion import Diffusion
 from lightning_t2i.batch import Records
+from lightning_t2i.cli.stock import read_stock
 from lightning_t2i.errors import UserError
 from lightning_t2i.expert_plots import cosines, gradient_cosines
 from lightning_t2i.forward_units import counting_units
@@ -617,6 +618,20 @@ def test_other_projections_export_a_folder_for_our_loader_alone(base, tmp_path):
         torch.testing.assert_close(again(x, t, cond), module.student_ema(x, t, cond), atol=5e-3, rtol=0)
     onward = built(tmp_path / "out", projection=ProjectionOptions("none"))  # a result is a base again
     assert projected(onward.student.backbone) == projected(module.student.backbone)
+
+
+def test_the_card_of_such_a_folder_says_why_and_its_lines_make_a_picture(base, tmp_path, monkeypatch):
+    module = shaken(built(base))
+    module.export(tmp_path / "out", [])
+    stock = read_stock(tmp_path / "out", {"guidance": 2.0, "steps": 4, "prompt": "red"})
+    assert stock.library == "lightning-t2i" and "No stock pipeline holds this network" in stock.snippet
+    monkeypatch.chdir(tmp_path / "out")
+    found: dict = {}
+    exec(stock.snippet, found)
+    z = Keys(0).normal("z", torch.arange(1), (4, 8, 8))
+    cond = module.condition(Records.of_prompts(["red"]))
+    ours = module.codec.decode(sample(module.student_ema, z, cond, 4, 2.0)).clamp(-1, 1)[0]
+    torch.testing.assert_close(found["image"], ours, atol=2e-2, rtol=0)
 
 
 def test_folding_needs_blocks_that_end_in_stock_layers():

@@ -149,6 +149,8 @@ class DeMeMerge(L.Callback):
     def _report(self, trainer: L.Trainer, module: Any, weights: Sequence[float]) -> dict[str, float]:
         """Loss and metrics of base, merged model and experts that take turns, on what no search saw."""
         split = "test" if "test" in getattr(trainer.datamodule, "finite", {}) else "val"
+        if split == "test":
+            trainer.datamodule.setup("test")
         data, keys = self._data(trainer, module, split), module.keys.fork("merge/report")
         scorers = [build_scorer(name, self.options.networks, data_name(trainer, split)).to(module.device)
                    for name in self.options.metrics]  # fmt: skip

@@ -109,9 +109,9 @@ def add_projections(network: nn.Module, blocks: Blocks) -> list[str]:
 
 
 def inject(network: nn.Module, names: list[str]) -> None:
-    """Gives the named blocks a projection that is the identity."""
+    """Gives the named blocks a projection that is the identity, where they have none."""
     at = {site.name: site for site in sites(network)}
-    for name in names:
+    for name in sorted(set(names) - set(projected(network)), key=names.index):
         block = network.get_submodule(name)
         like = next(p for p in block.parameters() if p.is_floating_point())
         block.add_module("projection", ChannelProjection(at[name].channels, at[name].dim).to(like))
@@ -130,7 +130,8 @@ def projected(network: nn.Module) -> list[str]:
 def _last(block: Any) -> nn.Module | None:
     """The layer of a U-Net's block whose output is the block's: None where it is an attention."""
     if getattr(block, "upsamplers", None):
-        return getattr(block.upsamplers[-1], "conv", None)
+        convolution = getattr(block.upsamplers[-1], "conv", None)
+        return convolution if isinstance(convolution, nn.Conv2d) else None
     attentions = [a for a in getattr(block, "attentions", None) or () if a is not None]
     is_middle = len(block.resnets) > len(attentions) and not hasattr(block, "upsamplers")
     return block.resnets[-1] if is_middle or not attentions else None

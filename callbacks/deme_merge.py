@@ -34,7 +34,8 @@ class MergeOptions:
         n: samples of the objective, and pictures of each metric, rounded up to whole batches.
         metrics: of shapes_score, fd, kd, recall, clip_score: of base, merged model and experts in turn, on other
             data than the search saw (the test split where there is one) and other noise.
-        in_validation: validate the merged model in the place of the expert that is trained, once all deltas are there.
+        in_validation: validate the merged model in the place of the trained expert, once all deltas are there; with
+            given weights.
         networks: where the metrics' networks and references are.
     """
 
@@ -50,6 +51,9 @@ class MergeOptions:
 
     def __post_init__(self) -> None:
         check_metrics(self.metrics, "merge.metrics")
+        if self.in_validation and (self.weights is None or not self.enabled):
+            what, fix = "A validation does not search", "merge.enabled: true, merge.weights: [0.25, 0.25, 0.25, 0.25]"
+            raise UserError(what, where="merge.in_validation", given=f"weights {self.weights}", fix=fix)
         for name in ("n", "limit"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1", where=f"merge.{name}", given=getattr(self, name))
@@ -74,7 +78,7 @@ class DeMeMerge(L.Callback):
 
     def _check(self, module: Any) -> None:
         options = self.options
-        if not (options.enabled or options.in_validation):
+        if not options.enabled:
             return
         if not isinstance(module, Experts):
             given, fix = type(module).__name__, "merge.enabled: false"
@@ -83,9 +87,6 @@ class DeMeMerge(L.Callback):
             given, allowed = f"{len(options.weights)} weights", f"{module.num_ranges}, one for each range"
             raise UserError("There must be one weight for each range", where="merge.weights", given=given,
                             allowed=allowed)  # fmt: skip
-        if options.in_validation and options.weights is None:
-            what, fix = "A validation does not search", "merge.weights: [0.25, 0.25, 0.25, 0.25]"
-            raise UserError(what, where="merge.weights", given="null", fix=fix)
 
     # ---- in validations ------------------------------------------------------------------------------------------
 

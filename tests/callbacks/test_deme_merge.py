@@ -132,7 +132,7 @@ def test_a_validation_sees_the_merged_model_and_leaves_the_expert(base, tmp_path
         (losses,) = trainer.validate(module, Pictures(), verbose=False)
         return losses["val/loss"]
 
-    options = MergeOptions(weights=[0.7, 0.2], in_validation=True)
+    options = MergeOptions(True, [0.7, 0.2], in_validation=True)
     expert, merged = validated([]), validated([DeMeMerge(tmp_path / "merged", options), Watch()])
     assert merged != expert
     assert set(hashes) == {weights_hash(module.plain([0.7, 0.2]))}
@@ -164,20 +164,14 @@ def test_the_gradient_of_the_objective_is_its_slope(base, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (MergeOptions(True, [0.1, 0.2, 0.3]), "one weight for each range"),
-        (MergeOptions(in_validation=True), "does not search"),
-    ],
-)
-def test_what_could_not_be_merged_is_refused_before_the_training(base, tmp_path, options, message):
-    with pytest.raises(UserError, match=message):
-        merged_by(tmp_path, base, options)
+def test_weights_that_are_not_one_for_each_range_are_refused_before_the_training(base, tmp_path):
+    with pytest.raises(UserError, match="one weight for each range"):
+        merged_by(tmp_path, base, MergeOptions(True, [0.1, 0.2, 0.3]))
 
 
 def test_options_and_methods_that_do_not_fit_are_refused(tmp_path):
-    for options in ({"n": 0}, {"limit": 0}, {"metrics": ["none"]}):
+    wrong = [{"n": 0}, {"limit": 0}, {"metrics": ["none"]}, {"in_validation": True, "enabled": True}]
+    for options in [*wrong, {"in_validation": True, "weights": [1.0]}]:
         with pytest.raises(UserError):
             MergeOptions(**options)
     with pytest.raises(UserError, match="no experts"):

@@ -17,7 +17,7 @@ from toy import Toy, ToyData, adam, trainer_for
 from lightning_t2i.checkpoints.snapshots import averages, write_snapshot
 from lightning_t2i.cli.main import main
 from lightning_t2i.cli.restore import UseAverage
-from lightning_t2i.ema import Averages, PowerFunction, gamma_of
+from lightning_t2i.ema import Averages, PowerFunction, gamma_of, profiles
 from lightning_t2i.errors import UserError
 from lightning_t2i.loggers import read_lines
 from lightning_t2i.options import EMAOptions, GroupOptions

@@ -89,7 +89,7 @@ def merge_alone(out: str, folders: list[str]) -> tuple[float, float]:
     """Seconds of a merge, and the gigabytes that it needed; for a process of its own."""
     base, *experts = map(Path, folders)
     before, start = peak(), time.perf_counter()
-    merge_folders(Path(out), base, experts, WEIGHTS)
+    merge_folders(Path(out), base, experts, WEIGHTS[: len(experts)])
     return time.perf_counter() - start, (peak() - before) / 1e9
 
 

@@ -24,6 +24,7 @@ from lightning_t2i.frozen import weights_hash
 from lightning_t2i.keys import Keys
 from lightning_t2i.merging import merged, read_header
 from lightning_t2i.networks.denoiser import Denoiser
+from lightning_t2i.networks.load import build_network
 from lightning_t2i.networks.projections import add_projections, fold, fold_stock, projected, sites
 from lightning_t2i.networks.switch import Switch
 from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions
@@ -630,6 +631,29 @@ def test_folding_needs_blocks_that_end_in_stock_layers():
     assert fold_stock(network) and not projected(network)
     with pytest.raises(UserError, match="No block of this network"):
         add_projections(tiny_networks.backbone("pixart"), "foldable")
+
+
+# ---- paper scale ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "network", "size", "gigabytes"),
+    [
+        ("cifar10", "ddpm_cifar10", 35_746_307, 0.9),
+        ("church", "ddpm_church", 113_673_219, 2.8),
+        ("sd14", "sd15_unet", 859_520_964, 20.9),  # the U-Nets of 1.4 and 1.5 are the same
+    ],
+)
+def test_paper_scale_memory(config, network, size, gigabytes, capsys):
+    """Weights, gradients, two moments, EMA and the teacher in float32, whole, with the paper's projections."""
+    with torch.device("meta"):
+        found = build_network(f"configs/networks/{network}.json")
+    assert sum(p.numel() for p in found.parameters()) == size
+    projections = sum(site.channels**2 for site in sites(found))
+    memory = 4 * (6 * size + 5 * projections) / 1e9
+    with capsys.disabled():
+        print(f"\ndeme/{config}: {size:,} and {projections:,} of projections, {memory:.1f} GB of state in float32")
+    assert memory == pytest.approx(gigabytes, rel=0.05)
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------

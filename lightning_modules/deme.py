@@ -158,11 +158,8 @@ class DeMe(Experts):
             raise UserError(what, where="model.student", fix=fix)
         self.source, self.backbone, self.revision = base, backbone, revision
         self.p_global, self.draw, self.antithetic = p_global, draw, antithetic
-        self.lambda_cons, self.ema_refresh, self.projection = (
-            lambda_cons,
-            ema_refresh,
-            projection or ProjectionOptions(),
-        )
+        self.lambda_cons, self.ema_refresh = lambda_cons, ema_refresh
+        self.projection = projection or ProjectionOptions()
         self.null_probability, self.gradient_checkpointing = null_probability, gradient_checkpointing
         self.guidance, self.steps, self.val_steps, self.solver = guidance, steps, steps, solver
 
@@ -200,7 +197,7 @@ class DeMe(Experts):
         cond, t = self.condition(main), self.times(main.position)
         if cond is not None:
             cond = cond.drop(self.keys.bernoulli("null", main.position, self.null_probability))
-        x_t, y = self.noised(main, self.keys, t)
+        x_t, y = self.noised(self.codec.latents(main), main.position, self.keys, t)
         anchor = None
         if self.lambda_cons:
             with torch.no_grad():
@@ -225,18 +222,17 @@ class DeMe(Experts):
                       for a, b in spans)  # fmt: skip
         return torch.where(self.keys.bernoulli("global", place, self.p_global), every, own)
 
-    def noised(self, records: Records, keys: Keys, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(x_t, y) [B, C, h, w] of records at t [B]."""
-        x0 = self.codec.latents(records)
-        eps = keys.normal("eps", records.position, tuple(x0.shape[1:]))
+    def noised(self, x0: Tensor, places: Tensor, keys: Keys, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(x_t, y) [B, C, h, w] of x0 of that shape at these positions and at t [B]."""
+        eps = keys.normal("eps", places, tuple(x0.shape[1:]))
         return self.process.add_noise(x0, eps, t), self.student.target(x0, eps, t)
 
     def range_losses(self, network: Predictor, records: Records, cond: Cond | None, keys: Keys) -> Tensor:
         """mean |e - y|^2 over the samples at times of each range: [N]."""
-        losses = []
+        losses, x0, places = [], self.codec.latents(records), records.position
         for low, high in self.ranges:
-            t = Uniform(low=low, high=high, antithetic=True)(self.process, keys, records.position)
-            x_t, y = self.noised(records, keys, t)
+            t = Uniform(low=low, high=high, antithetic=True)(self.process, keys, places)
+            x_t, y = self.noised(x0, places, keys, t)
             losses.append(per_sample(network(x_t, t, cond), y).mean())
         return torch.stack(losses)
 

@@ -43,7 +43,8 @@ def gradients(module: Any, network: Denoiser, data: Data, times: Sequence[float]
         total = torch.zeros(sum(p.numel() for p in parameters))
         for records, cond in data:
             at = torch.full((len(records),), t, device=module.device)
-            x_t, y = module.noised(records, keys, at.long() if module.process.discrete else at)
+            at = at.long() if module.process.discrete else at
+            x_t, y = module.noised(module.codec.latents(records), records.position, keys, at)
             loss = (network(x_t, at, cond) - y).square().mean() / len(data)
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
             total += torch.cat([torch.zeros(p.numel()) if g is None else g.cpu().flatten()

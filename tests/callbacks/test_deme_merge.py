@@ -6,11 +6,13 @@ import lightning as L
 import pytest
 import tiny_networks
 import torch
+import torchmetrics
 from deme_parts import STEPS, Pictures, ProjectionOptions, deme, made_up, trained
 from distilling import same, states
 from pictures import PictureStream, fit, records
 from toy import Toy, ToyData, trainer_for
 
+from callbacks import deme_merge
 from callbacks.deme_merge import DeMeMerge, MergeOptions
 from datamodules.streams import Streams
 from lightning_modules.deme import DeMe
@@ -18,6 +20,7 @@ from lightning_t2i.errors import UserError
 from lightning_t2i.frozen import weights_hash
 from lightning_t2i.held_out import HeldOut
 from lightning_t2i.keys import Keys
+from lightning_t2i.metrics.scorers import Scorer
 from lightning_t2i.networks.denoiser import Denoiser
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .* does not have many workers")
@@ -84,11 +87,24 @@ def test_searches_and_reports_see_other_data_and_other_noise(base, tmp_path, mon
     assert reported == {("/merge/merge/report", 8)} or reported == {("/merge/report", 8)}  # of test, of 8
 
 
-def test_metrics_of_base_merged_and_experts_in_turn(base, tmp_path):
-    options = MergeOptions(True, [0.5, 0.5], n=4, metrics=["fd"])
-    _, about = merged_by(tmp_path, base, options)
-    for name in ("base", "merged", "switched"):
-        assert any(key.startswith(f"{name}/fd@") for key in about["report"])
+class Brightness(torchmetrics.MeanMetric):
+    """A metric of pictures alone, under the name of one of ours."""
+
+    name = "fd@n=4"
+
+    def update(self, images):
+        super().update(images.mean((1, 2, 3)))
+
+
+def test_metrics_of_base_merged_and_experts_in_turn(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(deme_merge, "build_scorer", lambda name, options, reference: Scorer(Brightness()))
+    options = MergeOptions(True, [5.0, 5.0], n=4, metrics=["fd"])
+    module, about = merged_by(tmp_path, base, options)
+    found = [about["report"][f"{name}/fd@n=4"] for name in ("base", "merged", "switched")]
+    assert len(set(found)) == 3
+    batch = records(0, 4)
+    images = module.sample(module.condition(batch), module.keys.fork("merge/report"), batch.position, module.plain())
+    assert found[0] == pytest.approx(float(images.mean()), abs=1e-4)
 
 
 def test_nothing_is_merged_before_all_deltas_are_there(base, tmp_path):

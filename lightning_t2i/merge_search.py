@@ -72,6 +72,10 @@ def search(
     Raises:
         UserError: a grid of too many points.
     """
+    if method == "grid" and len(grid) ** number > MOST:
+        fix = "coordinate or gradient, whose cost does not grow so"
+        given = f"{len(grid)} values, {number} experts"
+        raise UserError("The grid has too many points", where="merge.grid", given=given, allowed=str(MOST), fix=fix)
     tried = Tried(objective, limit)
     tried([0.0] * number)
     {"uniform": _uniform, "grid": _grid, "gradient": _gradient, "quadratic": _quadratic, "coordinate": _coordinate}[
@@ -87,10 +91,6 @@ def _uniform(tried: Tried, number: int, grid: Sequence[float]) -> None:
 
 
 def _grid(tried: Tried, number: int, grid: Sequence[float]) -> None:
-    if len(grid) ** number > MOST:
-        fix = "coordinate or gradient, whose cost does not grow so"
-        given = f"{len(grid)} values, {number} experts"
-        raise UserError("The grid has too many points", where="merge.grid", given=given, allowed=str(MOST), fix=fix)
     for weights in product(grid, repeat=number):
         tried(weights)
 

@@ -11,6 +11,7 @@ from pictures import records
 
 from lightning_t2i.expert_plots import analyse, draw, main, tau_cosines
 from lightning_t2i.merging import save_delta
+from lightning_t2i.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,6 @@ def test_the_picture_is_drawn(analysed, tmp_path):
 
 
 def test_a_run_without_experts_and_one_without_deltas_are_told(tmp_path, capsys):
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"base": "configs/diffusion/tiny.yaml"}))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"base": str(ROOT / "configs/diffusion/tiny.yaml")}))
     assert main([str(tmp_path)]) == 2
     assert "no experts" in capsys.readouterr().err

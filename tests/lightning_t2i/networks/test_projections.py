@@ -36,7 +36,7 @@ def test_every_block_is_projected_and_the_identity_changes_no_bit(kind):
         assert torch.equal(call(network), before)
         for name in names:  # each of them counts
             delta = network.backbone.get_submodule(name).projection.delta
-            delta.data.fill_(0.1)
+            delta.data.normal_(std=0.1)
             assert not torch.allclose(call(network), before, atol=1e-6), name
             delta.data.zero_()
 

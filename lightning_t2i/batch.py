@@ -138,8 +138,9 @@ class Records:
     """B samples of one stream.
 
     id [B] int64, hash of data set and key; position [B] int64, place in the stream's global sequence; image
-    [B, 3, H, W] in [-1, 1]; latent [B, C, h, w] with unit scale; label [B] int64; noise_seed [B] int64;
-    cursor: batches of the stream consumed once this one is.
+    [B, 3, H, W] in [-1, 1]; latent [B, C, h, w] with unit scale; label [B] int64; noise_seed [B] int64; captions: all
+    of a picture, where a stream of a retrieval set gives them beside the drawn one; cursor: batches of the stream
+    consumed once this one is.
     """
 
     id: Tensor
@@ -151,6 +152,7 @@ class Records:
     label: Tensor | None = None
     noise_seed: Tensor | None = None
     scene: list[dict] | None = None
+    captions: list[list[str]] | None = None
     cursor: int = 0
 
     @classmethod

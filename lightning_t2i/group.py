@@ -61,7 +61,7 @@ class Group:
         self.scheduler = self.options.schedule(self.optimizer) if self.options.schedule else None
 
     def due(self, step: int) -> bool:
-        return step % self.options.every == 0
+        return step >= self.options.start and step % self.options.every == 0
 
     def gradient_norm(self) -> Tensor:
         """L2 norm over all gradients of the group, over all shards: a scalar tensor."""

@@ -63,6 +63,7 @@ class GroupOptions:
         schedule: learning-rate scheduler, stepped once per training step; a warm-up of 500 means 500 training steps.
         clip: largest norm of the group's gradient, all parameters together; null leaves it as it is.
         every: update the group only in training steps that this number divides (the first step is 0).
+        start: first training step in which the group is updated; before it, its weights stay as they are.
         ema: keep a running average of the weights as a second, callable network, and others beside it.
     """
 
@@ -70,11 +71,14 @@ class GroupOptions:
     schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None = None
     clip: float | None = 1.0
     every: int = 1
+    start: int = 0
     ema: EMAOptions | None = None
 
     def __post_init__(self) -> None:
         if self.every < 1:
             raise UserError("A group must be updated every n >= 1 training steps", where="every", given=self.every)
+        if self.start < 0:
+            raise UserError("Training steps begin at 0", where="start", given=self.start)
         if self.clip is not None and self.clip <= 0:
             raise UserError("The gradient norm limit must be positive", where="clip", given=self.clip, fix="clip: null")
 

@@ -39,6 +39,18 @@ def chinese(things: Sequence[Thing], relation: str | None, background: str | Non
     return text + (f"，{ZH_GROUND[background]}背景" if background else "")
 
 
+def short_chinese(scene: Mapping[str, Any]) -> list[str]:
+    """The whole scene in two ways, such as "红色圆形在橙色正方形左边，白色背景": 18 characters at most."""
+    things = [(o["shape"], o["colour"], ask["count"]) for ask, o in zip(scene["ask"], scene["objects"], strict=False)]
+    relation, background = scene["relation"], scene["background"]
+    forms = []
+    for order, way in ((things, relation), (things[::-1], INVERSE[relation] if relation else None)):
+        parts = [(ZH_NUMBER[n] if n > 1 else "") + f"{ZH_COLOUR[c or '']}{ZH_SHAPE[s]}" for s, c, n in order]
+        text = f"{parts[0]}在{parts[1]}{ZH_RELATION[way]}" if way else "和".join(parts)
+        forms.append(f"{text}，{ZH_GROUND[background]}背景")
+    return list(dict.fromkeys(forms))
+
+
 def captions(scene: Mapping[str, Any], kind: Kind) -> dict[str, list[str]]:
     """Texts by language, all true of the picture, each telling at least what the scene asks for.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from lightning_t2i.dual_encoder_pipeline import FACTS
 from lightning_t2i.errors import UserError
 from lightning_t2i.networks import load, projections
 from lightning_t2i.shipped import shipped
@@ -62,6 +63,8 @@ def read_stock(folder: Path, sampling: Mapping[str, Any] | None = None) -> Stock
         UserError: neither model_index.json nor config.json is there.
     """
     index, config = _json(folder / "model_index.json"), _json(folder / "config.json")
+    if (folder / FACTS).is_file():
+        return _dual_encoder(folder)
     if index:
         parts = [name for name, value in index.items() if isinstance(value, list) and value[0]]
         networks = [found for name in parts if (found := _network(folder, name)) is not None]
@@ -78,6 +81,18 @@ def read_stock(folder: Path, sampling: Mapping[str, Any] | None = None) -> Stock
     network = _network(folder, "")
     assert network is not None  # it has a config
     return Stock(network.kind, _library(network.kind), "", [network], _model(network.kind, config))
+
+
+def _dual_encoder(folder: Path) -> Stock:
+    """A folder of lightning_t2i/dual_encoder_pipeline.py; a stock model calls that of style g with a ViT."""
+    networks = [found for name in ("", "image", "text") if (found := _network(folder, name)) is not None]
+    lines = ["import torch", "from lightning_t2i.dual_encoder_pipeline import DualEncoderPipeline", ""]
+    lines += ['model = DualEncoderPipeline.from_pretrained(".")  # this folder']
+    lines += ["side = model.image.size", "pictures = model.encode_image(torch.zeros(1, 3, side, side))  # in [-1, 1]"]
+    lines += ["texts = model.encode_text(['红色的圆形', '一只猫'])", "print(model.probabilities(pictures, texts))"]
+    stock = networks[0].kind == "CLIPModel" and not _json(folder / FACTS)["tokens"]
+    library = "transformers" if stock else "lightning-t2i"
+    return Stock("DualEncoderPipeline", library, "zero-shot-image-classification", networks, "\n".join(lines))
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -230,7 +230,8 @@ def kinds_of_steps(method: Any, steps: int) -> list[tuple[int, float]]:
     Kinds differ in the groups that are due and in which of the method's stepwise numbers are zero.
     """
     schedules = [v for v in vars(method).values() if isinstance(v, dict) and v and all(type(k) is int for k in v)]
-    begins = sorted({0, *(b for schedule in schedules for b in schedule if 0 < b < steps)})
+    starts = [group.options.start for group in method.groups.values()]
+    begins = sorted({0, *(b for many in [*schedules, starts] for b in many if 0 < b < steps)})
     period = math.lcm(1, *(group.options.every for group in method.groups.values()))
     shares: Counter[tuple[Any, ...]] = Counter()
     examples: dict[tuple[Any, ...], int] = {}

@@ -69,7 +69,7 @@ class DeMeMerge(L.Callback):
 
     def __init__(self, folder: Path, options: MergeOptions | None = None):
         self.folder, self.options = folder, options or MergeOptions()
-        self._done = False
+        self._done = False  # the training's end was seen
         self._merged = ExitStack()  # while a validation sees the merged model
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -105,6 +105,7 @@ class DeMeMerge(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self.options.enabled:
+            self._done = True
             pl_module.finish()  # the module's own hook comes after this one
             self.merge(trainer, pl_module)
 
@@ -120,7 +121,7 @@ class DeMeMerge(L.Callback):
         files = module.all_deltas()
         if files is None:
             return
-        self._done, options = True, self.options
+        options = self.options
         with undisturbed(module):
             facts: dict[str, Any] = {"search": "given"}
             weights = options.weights

@@ -229,12 +229,15 @@ class DeMe(Experts):
 
     def range_losses(self, network: Predictor, records: Records, cond: Cond | None, keys: Keys) -> Tensor:
         """mean |e - y|^2 over the samples at times of each range: [N]."""
-        losses, x0, places = [], self.codec.latents(records), records.position
+        return torch.stack(list(self.each_range(network, records, cond, keys)))
+
+    def each_range(self, network: Predictor, records: Records, cond: Cond | None, keys: Keys) -> Iterator[Tensor]:
+        """The same, one range after the other, so that a caller can free the graph of each."""
+        x0, places = self.codec.latents(records), records.position
         for low, high in self.ranges:
             t = Uniform(low=low, high=high, antithetic=True)(self.process, keys, places)
             x_t, y = self.noised(x0, places, keys, t)
-            losses.append(per_sample(network(x_t, t, cond), y).mean())
-        return torch.stack(losses)
+            yield per_sample(network(x_t, t, cond), y).mean()
 
     def switch(self, experts: list[Any]) -> Switch:
         """Experts, one for each range, that take turns."""

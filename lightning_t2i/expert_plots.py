@@ -162,14 +162,15 @@ def draw(found: dict[str, Any], target: Path) -> None:
     figure.savefig(target, dpi=90)
 
 
-def of_run(run: Path, weights: Sequence[float] | None, batches: int, times: int, points: int) -> Path:
+def of_run(run: Path, weights: str | None, batches: int, times: int, points: int) -> Path:
     """Analyses a run folder and writes analysis.json and analysis.png into it.
 
     Args:
-        weights: those of `merged/merge.json`, else 1 / N, by default.
+        weights: numbers with commas between them; None is those of `merged/merge.json`, else 1 / N.
         batches: validation batches that losses and gradients are means of.
     """
     from lightning_t2i.cli.configs import merge
+    from lightning_t2i.cli.merge import parse_weights
     from lightning_t2i.cli.restore import restore
     from lightning_t2i.cli.session import Session, quiet
 
@@ -183,16 +184,16 @@ def of_run(run: Path, weights: Sequence[float] | None, batches: int, times: int,
     restore(method, run)
     method.deltas = method.deltas or str(run / "deltas")
     file = run / "merged" / "merge.json"
-    if weights is None:
-        weights = (
-            json.loads(file.read_text())["weights"] if file.is_file() else [1 / method.num_ranges] * method.num_ranges
-        )
+    if weights is None and file.is_file():
+        chosen = json.loads(file.read_text())["weights"]
+    else:
+        chosen = parse_weights(weights or "uniform", method.num_ranges)
     data.prepare_data()
     data.setup("validate")
     found = [batch["main"] for batch, _ in zip(data.val_dataloader(), range(batches), strict=False)]
     with torch.no_grad():
         pairs = [(records, method.condition(records)) for records in found]
-    numbers = analyse(method, pairs, weights, times, points)
+    numbers = analyse(method, pairs, chosen, times, points)
     write_atomically(run / "analysis.json", (json.dumps(numbers, indent=1) + "\n").encode())
     draw(numbers, run / "analysis.png")
     return run / "analysis.png"
@@ -208,8 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--points", type=int, default=9, help="points of each side of the landscape")
     options = parser.parse_args(arguments)
     try:
-        weights = [float(w) for w in options.weights.split(",")] if options.weights else None
-        print(of_run(options.run, weights, options.batches, options.times, options.points))
+        print(of_run(options.run, options.weights, options.batches, options.times, options.points))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -60,6 +60,7 @@ class Experts(MethodModule):
             raise UserError("There is no such range", where="model.range_index", given=index, allowed=allowed)
         self.num_ranges, self.range_index, self.steps_per_range = num, index, length
         self.deltas, self.precision = deltas, precision
+        self._written: int | None = None  # training steps after which `finish` wrote last
 
     @abstractmethod
     def read(self) -> nn.Module:
@@ -96,9 +97,9 @@ class Experts(MethodModule):
             yield name, (whole - theta[name] if name in theta else whole).to(self.precision)
 
     def finish(self) -> None:
-        """Writes the delta of an expert whose last training step is done, on rank 0; all processes call it."""
+        """Writes the delta of an expert whose last training step is done, once, on rank 0; all processes call it."""
         step, length = self.counters.step, self.steps_per_range
-        if step == 0 or step % length:
+        if step == 0 or step % length or step == self._written:
             return
         index = step // length - 1 if self.range_index is None else self.range_index
         about = self.about | {"index": index, "steps": length, "seed": self.common.seed}
@@ -106,6 +107,7 @@ class Experts(MethodModule):
         if self.trainer.is_global_zero:
             save_delta(self.delta_folder / f"range-{index}-of-{self.num_ranges}.safetensors", taus, about)
         self.trainer.strategy.barrier()
+        self._written = step
 
     @property
     def delta_folder(self) -> Path:

@@ -260,7 +260,7 @@ def save_delta(file: Path, taus: Iterable[tuple[str, Tensor]], about: Mapping[st
 
 
 def refuse_mixed(abouts: Sequence[Mapping[str, str]]) -> None:
-    """Refuses deltas of different bases, or of different divisions into ranges."""
-    for name in ("base", "ranges"):
+    """Refuses deltas of different bases, divisions into ranges, or sets of projections."""
+    for name in ("base", "ranges", "projected"):
         if len(values := sorted({about.get(name, "") for about in abouts})) > 1:
             raise UserError(f"The deltas are of different {name}", given=", ".join(values), fix="train them again")

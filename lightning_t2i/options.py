@@ -38,6 +38,8 @@ class EMAOptions:
         for value in self.decays:
             if not 0 <= value < 1:
                 raise UserError("The EMA decay is out of range", where="ema.decay", given=value, allowed="[0, 1)")
+        if self.power is not None and self.power <= 0:
+            raise UserError("The EMA power is not positive", where="ema.power", given=self.power, fix="ema.power: 0.75")
         for width in self.sigma_rel:
             if not 0 < width < 0.288:  # gamma is 0 at 1 / sqrt(12)
                 raise UserError(

@@ -700,8 +700,12 @@ def test_a_fit_that_is_longer_than_its_ranges_is_refused_and_a_shorter_one_told(
 
 def test_deltas_of_another_base_or_division_are_refused_before_training(base, tmp_path):
     made_up(built(base, tmp_path, num_ranges=3))
-    with pytest.raises(UserError, match="different"):
-        fit(tmp_path, deme(base, tmp_path), 2 * STEPS)
+    for options, what in (
+        ({}, "ranges"),
+        ({"num_ranges": 3, "projection": ProjectionOptions("none")}, "projected"),
+    ):
+        with pytest.raises(UserError, match=f"different {what}"):
+            fit(tmp_path, deme(base, tmp_path, **options), STEPS)
 
 
 def test_edm_and_networks_without_a_rule_are_refused(edm):

@@ -242,6 +242,11 @@ def test_the_command_exports_and_evaluates_another_average(tmp_path, monkeypatch
     assert json.loads((tmp_path / "runs/mine/finished").read_text()) == {"step": 6}
 
 
+def test_a_power_that_is_not_positive_is_refused() -> None:
+    with pytest.raises(UserError, match="power"):
+        EMAOptions(0.9999, power=-0.75)
+
+
 def test_a_power_limits_the_decay_and_a_restart_forgets() -> None:
     """1 - (1 + n)^-0.75: 0 at first, 0.9944 after 1,000 updates, 0.9997 after 50,000; then the limit."""
     (profile,) = profiles(EMAOptions(0.9999, power=0.75))

@@ -63,8 +63,8 @@ def matrix(quick: bool = False) -> Matrix:
         return Arm(arm.name, fit, {**arm.options, "overrides": {**arm.options["overrides"], "merge.enabled": False}},
                    arm.units, arm.unit, arm.unit_s)  # fmt: skip
 
-    def losses(name: str, of: str, networks: int, *others: str, **options: Any) -> Arm:
-        units = networks * RANGES * tested
+    def losses(name: str, of: str, networks: int, *others: str, ranges: int = RANGES, **options: Any) -> Arm:
+        units = networks * ranges * tested
         return Arm(name, cells.losses, {"of": of, "n": tested, **options}, units, "loss", LOSS_S, (of, *others))
 
     def drawn(name: str, of: str, model: str, *others: str, **options: Any) -> Arm:
@@ -94,7 +94,7 @@ def matrix(quick: bool = False) -> Matrix:
         experts("experts-one", "tiny", 1),
         experts("experts-one-plain", "tiny", 1, projection={"blocks": "none"}),
         *(losses(f"losses-{name}", f"experts-{name}", 6) for name in ("p0", "lambda0", "plain")),
-        *(losses(f"losses-{name}", f"experts-{name}", 3) for name in ("one", "one-plain")),
+        *(losses(f"losses-{name}", f"experts-{name}", 3, ranges=1) for name in ("one", "one-plain")),
         *(training(f"train-{w}", "joint", RANGES * steps, STEP_S["joint"], weighting=w) for w in WEIGHTINGS),
         *(drawn(w, f"train-{w}", "joint") for w in WEIGHTINGS),
         Arm("gradients", cells.gradients, {"config": "configs/deme/tiny.yaml", "n": 200 if quick else 600,

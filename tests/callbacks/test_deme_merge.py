@@ -128,7 +128,8 @@ def test_a_run_that_was_killed_before_its_merge_merges_when_it_is_resumed(base, 
 
 def test_merging_changes_nothing_of_the_training(base, tmp_path):
     plain = trained(tmp_path / "plain", base)
-    merging, _ = merged_by(tmp_path / "merging", base, MergeOptions(True, limit=3, n=4))
+    merging, about = merged_by(tmp_path / "merging", base, MergeOptions(True, limit=3, n=4))
+    assert about is not None
     same(states(plain), states(merging))
 
 

@@ -61,6 +61,7 @@ def test_P1_no_weights_are_the_base_and_unit_weights_an_expert(base, tmp_path):
     module = built(base, tmp_path, num_ranges=3)
     taus, theta = made_up(module), weights_of(module.plain())
     same(put(module, [0.0] * 3), theta)
+    assert any(tau.any() for tau in taus[0].values())
     for i in range(3):
         expert = {name: t + taus[i][name.removeprefix("backbone.")] for name, t in theta.items()}
         same(put(module, [float(i == j) for j in range(3)]), expert, rtol=0, atol=1e-6)
@@ -70,6 +71,7 @@ def test_P1_merging_is_linear_and_merges_of_merges_agree(base, tmp_path):
     module = built(base, tmp_path, num_ranges=3)
     made_up(module)
     theta, a, b = weights_of(module.plain()), put(module, [0.1, 0.4, 0.0]), put(module, [0.2, -0.3, 0.5])
+    assert any(not torch.equal(a[name], t) for name, t in theta.items())
     both = {name: a[name] + b[name] - t for name, t in theta.items()}
     same(put(module, [0.3, 0.1, 0.5]), both, rtol=0, atol=1e-6)
     half = {name: t + 0.5 * (a[name] - t) for name, t in theta.items()}

@@ -180,7 +180,7 @@ class Expert:
         if name not in self.entries:
             return None
         tensor = self.entries[name].read()
-        return tensor if self.is_delta else tensor.float() - base.float()
+        return tensor if self.is_delta else tensor.float().sub_(base)
 
     @property
     def identity(self) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
     x_t  = alpha(t) x0 + sigma(t) eps,     t ~ law,  eps ~ N(0, I)
     loss = w(t) |F(x_t, t, c) - target|^2                   target: eps, v = alpha eps - sigma x0, x0 or eps - x0
-    w    = 1, or min(snr, gamma) relative to the x0 loss    (Min-SNR, arXiv 2303.09556, section 3.4)
+    w    = 1, or one of lightning_t2i/processes/weights.py  (min-SNR, truncated SNR, SNR + 1, P2, learned)
     c    = null with probability p                          (classifier-free guidance, arXiv 2207.12598)
 
     x0 [B, C, h, w] latents of unit scale, or pictures; t native time of the process, data at its low end;
@@ -15,6 +15,7 @@ Deviations: the null condition replaces captions per sample by keyed draws; nois
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -33,17 +34,12 @@ from lightning_t2i.networks.load import build_network, components
 from lightning_t2i.options import GroupOptions, MethodOptions
 from lightning_t2i.paths import resolve
 from lightning_t2i.processes import Process, TimeLaw, Uniform, sample
+from lightning_t2i.processes.weights import Uncertainty, Weighting, loss_weight
 
 
 def weighted_loss(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """mean over the batch of w |prediction - target|^2; [B, C, h, w] twice and [B] -> scalar."""
     return (weight * (prediction - target).square().flatten(1).mean(1)).mean()
-
-
-def min_snr_weight(snr: Tensor, gamma: float, prediction: str) -> Tensor:
-    """min(snr, gamma) of the x0 loss, in the units of another prediction: [B] -> [B] (arXiv 2303.09556, eq. 4)."""
-    clipped = snr.clamp(max=gamma)
-    return {"x0": clipped, "eps": clipped / snr, "v": clipped / (snr + 1)}[prediction]
 
 
 class Diffusion(MethodModule):
@@ -60,7 +56,7 @@ class Diffusion(MethodModule):
         revision: commit of the hub ids.
         train_text: train the text encoder with the denoiser.
         law: distribution of the training times.
-        weighting: weight of the loss over t.
+        weighting: weight of the loss over t; "uncertainty" learns one for each of `intervals` equal parts of the time.
         min_snr_gamma: gamma of min-SNR.
         null_probability: how often a caption is replaced by the null condition.
         lora_rank: train low-rank adapters of this rank instead of the weights; null trains the weights.
@@ -83,8 +79,9 @@ class Diffusion(MethodModule):
         revision: str | None = None,
         train_text: bool = False,
         law: TimeLaw | None = None,
-        weighting: Literal["none", "min_snr"] = "none",
+        weighting: Weighting = "none",
         min_snr_gamma: float = 5.0,
+        intervals: int = 8,
         null_probability: float = 0.1,
         lora_rank: int | None = None,
         gradient_checkpointing: bool = False,
@@ -104,7 +101,7 @@ class Diffusion(MethodModule):
         self.codec_source, self.text_source = codec, text
         self.tokenizer, self.train_text = tokenizer, train_text
         self.law, self.weighting, self.min_snr_gamma = law or Uniform(), weighting, min_snr_gamma
-        self.null_probability, self.lora_rank = null_probability, lora_rank
+        self.intervals, self.null_probability, self.lora_rank = intervals, null_probability, lora_rank
         self.gradient_checkpointing = gradient_checkpointing
         self.guidance, self.steps, self.solver = guidance, steps, solver
         self.embedded_guidance, self.size = embedded_guidance, size
@@ -122,8 +119,7 @@ class Diffusion(MethodModule):
             parts = components(self.network, self.revision)  # a pipeline on pixels has no autoencoder
             self.codec_source = self.codec_source or (self.network if parts & {"vae", "vqvae"} else None)
             self.text_source = self.text_source or (self.network if "text_encoder" in parts else None)
-        if self.weighting == "min_snr" and denoiser.prediction not in ("x0", "eps", "v"):
-            raise UserError("min_snr weights eps, v and x0 losses", where="model.weighting", given=denoiser.prediction)
+        loss_weight(self.weighting, torch.ones(1), denoiser.prediction)  # raises what does not fit
         codec = LatentCodec.from_pretrained(self.codec_source, revision=self.revision)
         denoiser.backbone.picture_factor = codec.factor  # what SDXL is told of the pictures depends on it
         text = text_encoder_of(self.text_source, self.tokenizer, self.revision)
@@ -133,6 +129,8 @@ class Diffusion(MethodModule):
             add_adapters(denoiser.backbone, self.lora_rank)
         self.add_frozen("codec", codec, folder_identity(resolve(self.codec_source or "pixels"), self.revision))
         self.add_group("denoiser", denoiser, self.options)
+        if self.weighting == "uncertainty":
+            self.add_group("uncertainty", Uncertainty(self.intervals), replace(self.options, ema=None))
         if text is not None and self.train_text:
             self.add_group("text", text, self.text_options)
         elif text is not None:
@@ -140,7 +138,7 @@ class Diffusion(MethodModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         loss = self.loss(batch["main"], self.denoiser, self.condition(batch["main"], averaged=False), self.keys)
-        self.backward(("denoiser", "text") if "text" in self.groups else "denoiser", loss)
+        self.backward(tuple(self.groups), loss)
 
     def loss(self, records: Records, denoiser: Denoiser, cond: Cond | None, keys: Keys) -> Tensor:
         """The denoising loss of a micro-batch: a scalar."""
@@ -150,10 +148,11 @@ class Diffusion(MethodModule):
         if cond is not None:
             cond = cond.drop(keys.bernoulli("null", records.position, self.null_probability))
         x_t = denoiser.process.add_noise(x0, eps, t)
-        weight = torch.ones_like(t, dtype=torch.float32)
-        if self.weighting == "min_snr":
-            weight = min_snr_weight(denoiser.process.log_snr(t).exp(), self.min_snr_gamma, denoiser.prediction)
-        return weighted_loss(denoiser(x_t, t, cond), denoiser.target(x0, eps, t), weight)
+        snr = denoiser.process.log_snr(t).exp()
+        weight = loss_weight(self.weighting, snr, denoiser.prediction, self.min_snr_gamma)
+        learned = self.uncertainty(denoiser.process, t) if self.weighting == "uncertainty" else torch.zeros_like(weight)
+        loss = weighted_loss(denoiser(x_t, t, cond), denoiser.target(x0, eps, t), weight * torch.exp(-learned))
+        return loss + learned.mean()
 
     def forward_units(self) -> dict[str, float]:
         """Forward passes of a training step: a gradient costs two more; pictures and captions one, unless cached."""

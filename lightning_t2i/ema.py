@@ -1,7 +1,8 @@
 """Running averages of a group's weights (EMA): several at once, of which the first is a callable network, the twin.
 
     m <- b m + (1 - b) w                      after each update of the weights w, on this process's shards alone
-    b = d                                     exponential; with warm-up at most (1 + n) / (10 + n), n averages so far
+    b = d                                     exponential; with warm-up at most (1 + n) / (10 + n), n averages so far,
+                                              or 1 - (1 + n)^-power
     b = (1 - 1/t)^(gamma + 1),  t = n + 1     power function, arXiv 2312.02696 eq. 4: the weights of update k count
                                               in proportion to k^gamma, whatever the length of the training
     sigma_rel = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3))          its relative width, eq. 6 and algorithm 2
@@ -40,12 +41,15 @@ class Profile(Protocol):
 class Exponential:
     value: float
     warmup: bool
+    power: float | None = None
 
     @property
     def label(self) -> str:
         return f"{self.value:g}"
 
     def decay(self, n: int) -> float:
+        if self.power is not None:
+            return min(self.value, 1 - (1 + n) ** -self.power)
         return min(self.value, (1 + n) / (10 + n)) if self.warmup else self.value
 
 
@@ -74,7 +78,7 @@ def gamma_of(sigma_rel: float) -> float:
 def profiles(options: EMAOptions) -> list[Profile]:
     """The averages that the options ask for; the twin's comes first."""
     return [
-        *(Exponential(value, options.warmup) for value in options.decays),
+        *(Exponential(value, options.warmup, options.power) for value in options.decays),
         *(PowerFunction(width) for width in options.sigma_rel),
     ]
 
@@ -145,6 +149,14 @@ class Averages:
         for profile, tensors in zip(self.profiles, averages, strict=True):
             torch._foreach_lerp_(tensors, local, 1 - profile.decay(self.count))
         self.count += 1
+
+    @torch.no_grad()
+    def restart(self, weights: Sequence[Tensor]) -> None:
+        """Every average becomes the weights, as it was before the first update."""
+        for tensors in (self.first, *self.others):
+            for target, weight in zip(tensors, weights, strict=True):
+                local_tensor(target).copy_(local_tensor(weight))
+        self.count = 0
 
     @torch.no_grad()
     def select(self, label: str) -> None:

@@ -95,6 +95,13 @@ class Group:
             for target, source in zip(self.averages.twin.buffers(), self.network.buffers(), strict=True):
                 target.copy_(source)
 
+    def restart(self) -> None:
+        """Begins anew from the present weights: averages equal them; optimizer, schedule and counts are fresh."""
+        self.build()
+        self.updates = 0
+        if self.averages is not None:
+            self.averages.restart(self.parameters)
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name in the checkpoint, tensor) of all that training changes: weights, buffers, EMA."""
         for prefix, network in ((self.name, self.network), (f"{self.name}_ema", self.ema)):

@@ -23,6 +23,7 @@ class EMAOptions:
             methods take as a target, the others can be exported (`--ema`); null or none: the first of `sigma_rel` is.
         start: training step after which averaging begins; before it the average equals the weights.
         warmup: limit each decay to (1 + n) / (10 + n) after n updates, so that early weights are forgotten.
+        power: limit each decay to 1 - (1 + n)^-power instead, as diffusers' training scripts do with 0.75.
         sigma_rel: relative widths of power-function averages (arXiv 2312.02696). From snapshots of two of them, 0.05
             and 0.1 there, averages of other widths can be made when the training is over.
     """
@@ -30,12 +31,15 @@ class EMAOptions:
     decay: float | list[float] | None = 0.999
     start: int = 0
     warmup: bool = True
+    power: float | None = None
     sigma_rel: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for value in self.decays:
             if not 0 <= value < 1:
                 raise UserError("The EMA decay is out of range", where="ema.decay", given=value, allowed="[0, 1)")
+        if self.power is not None and self.power <= 0:
+            raise UserError("The EMA power is not positive", where="ema.power", given=self.power, fix="ema.power: 0.75")
         for width in self.sigma_rel:
             if not 0 < width < 0.288:  # gamma is 0 at 1 / sqrt(12)
                 raise UserError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import lightning as L
@@ -29,9 +29,14 @@ class Saved(L.LightningModule):
     reset_optimizer: bool = False  # a load leaves the states of the optimizers where they are: at their beginning
     take: Callable[[Tensor], Any] = staticmethod(full_tensor)  # what is kept of a tensor; `Saving` has its own
 
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of all that training changes; a method that has such tensors beside its groups adds them."""
+        for group in self.groups.values():
+            yield from group.tensors()
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Whole tensors of all that training changes; a collective call when sharded."""
-        return {name: self.take(t) for group in self.groups.values() for name, t in group.tensors()}
+        return {name: self.take(t) for name, t in self.tensors()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Restores what `state_dict` returned, onto any mesh.
@@ -39,7 +44,7 @@ class Saved(L.LightningModule):
         Raises:
             UserError: names or shapes differ from this method's.
         """
-        targets = dict(t for group in self.groups.values() for t in group.tensors())
+        targets = dict(self.tensors())
         wrong = sorted(targets.keys() ^ state_dict.keys()) or [
             n for n in targets if targets[n].shape != state_dict[n].shape
         ]

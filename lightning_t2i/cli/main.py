@@ -28,6 +28,10 @@ VERBS = {
     "predict": ("lightning_t2i.cli.verbs:predict", "predict loop on a run's newest checkpoint"),
     "check": ("lightning_t2i.preflight.check:check", "memory, operations, disk and doubtful values, before a training"),
     "export": ("lightning_t2i.cli.export:export", "export OUT --run NAME | --from-edm FILE: a stock model folder"),
+    "merge": (
+        "lightning_t2i.cli.merge:merge",
+        "merge OUT BASE EXPERT ... --weights w,w,... | OUT --run NAME: one model",
+    ),
     "new": ("lightning_t2i.cli.new:new", "new NAME --from METHOD: a method of your own that runs at once"),
     "list": ("lightning_t2i.cli.main:list_all", "methods and configs of this repository"),
 }
@@ -136,7 +140,7 @@ def parse(arguments: Sequence[str]) -> Request:
     if request.verb not in VERBS:
         raise UserError("Unknown verb", given=request.verb, allowed=VERBS, fix="python train.py --help")
     _refuse_strays(request)
-    if request.positional and request.verb not in ("new", "export"):
+    if request.positional and request.verb not in ("new", "export", "merge"):
         near = closest(request.positional[0], VERBS)
         raise UserError(
             f"{request.verb} takes no further words",

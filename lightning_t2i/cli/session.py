@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from callbacks.checkpoints import CheckpointOptions, Checkpoints
+from callbacks.deme_merge import DeMeMerge, MergeOptions
 from callbacks.eval_metrics import EvalMetrics, EvalOptions
 from callbacks.health import Health, HealthOptions
 from callbacks.preemption import Preemption, PreemptionOptions
@@ -40,6 +41,7 @@ STANDARD: dict[str, tuple[type, Callable[[Path, Any], L.Callback]]] = {
     "eval": (EvalOptions, lambda folder, options: EvalMetrics(options)),
     "health": (HealthOptions, lambda folder, options: Health(options)),
     "checkpoints": (CheckpointOptions, lambda folder, options: Checkpoints(folder / "checkpoints", options)),
+    "merge": (MergeOptions, lambda folder, options: DeMeMerge(folder / "merged", options)),
     "comparison": (ComparisonOptions, lambda folder, options: TeacherComparison(options)),  # takes long: saved first
 }
 SECTIONS = {"tracking": TrackingOptions, "preemption": PreemptionOptions}

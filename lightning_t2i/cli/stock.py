@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from lightning_t2i.dual_encoder_pipeline import FACTS
 from lightning_t2i.errors import UserError
-from lightning_t2i.networks import load
+from lightning_t2i.networks import load, projections
 from lightning_t2i.shipped import shipped
 
 # Networks of this repository that are written as folders of their own: class -> module.
@@ -69,6 +69,10 @@ def read_stock(folder: Path, sampling: Mapping[str, Any] | None = None) -> Stock
         parts = [name for name, value in index.items() if isinstance(value, list) and value[0]]
         networks = [found for name in parts if (found := _network(folder, name)) is not None]
         kind = index["_class_name"]
+        if any(str(index[name][1]).startswith(projections.OURS) for name in parts):
+            lines = _projected(dict(sampling or {}), "text_encoder" in parts)
+            task = "text-to-image" if "text_encoder" in parts else "unconditional-image-generation"
+            return Stock(kind, "lightning-t2i", task, networks, lines)
         lines, task = _pipeline(folder, kind, dict(sampling or {}))
         library = "lightning-t2i" if kind in PIPELINES else "diffusers"
         return Stock(kind, library, task, networks, lines, shipped(folder))
@@ -166,6 +170,26 @@ def _pipeline(folder: Path, kind: str, sampling: dict[str, Any]) -> tuple[str, s
     lines += [f"pipeline = {kind}.from_pretrained(folder, dtype=torch.float32{trusted})"]
     lines += [f"image = pipeline({words}).images[0]"]
     return "\n".join(lines), "text-to-image" if "prompt" in asked else "unconditional-image-generation"
+
+
+def _projected(sampling: Mapping[str, Any], has_text: bool) -> str:
+    """Lines that make a picture with a network that no stock class builds, and why none does."""
+    facts = {name: sampling[name] for name in ("guidance", "steps") if sampling.get(name) is not None}
+    words = "".join(f", {name}={value!r}" for name, value in facts.items())
+    prompt = repr(sampling.get("prompt") or PROMPT) if has_text else "''"
+    return "\n".join([
+        f"# No stock pipeline holds this network: {projections.WHY}.",
+        "import torch",
+        "from lightning_modules.teacher import Teacher",
+        "from lightning_t2i.batch import Records",
+        "from lightning_t2i.keys import Keys",
+        "",
+        'folder = "."  # this folder',
+        f"model = Teacher(folder{words})",
+        "model.configure_model()",
+        f"records = Records.of_prompts([{prompt}])",
+        "image = model.sample(model.condition(records), Keys(0), torch.arange(1))[0]  # [3, H, W] in [-1, 1]",
+    ])  # fmt: skip
 
 
 def _model(kind: str, config: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_t2i import rank0
 from lightning_t2i.errors import UserError
+from lightning_t2i.networks import projections
 from lightning_t2i.networks.backbones import is_told_size
 from lightning_t2i.networks.codec import factor_of
 from lightning_t2i.paths import resolve
@@ -132,6 +133,8 @@ def model_class(config: dict[str, Any]) -> Any:
     import transformers
 
     name = config.get("_class_name") or next(iter(config.get("architectures") or []), "")
+    if name.startswith(projections.OURS):
+        return projections.Loader
     if name in OURS:
         return getattr(importlib.import_module(OURS[name]), name)
     for library in (diffusers, transformers):

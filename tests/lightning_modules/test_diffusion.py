@@ -8,7 +8,7 @@ import tiny_networks
 import torch
 from pictures import Pictures, fit, records
 
-from lightning_modules.diffusion import Diffusion, min_snr_weight, weighted_loss
+from lightning_modules.diffusion import Diffusion, weighted_loss
 from lightning_t2i.batch import Records
 from lightning_t2i.errors import UserError
 from lightning_t2i.frozen import weights_hash
@@ -16,6 +16,7 @@ from lightning_t2i.keys import Keys
 from lightning_t2i.networks.text_encoder import TextEncoder
 from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions
 from lightning_t2i.processes import DDPM, EDM, RectifiedFlow, Uniform
+from lightning_t2i.processes.weights import loss_weight
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .* does not have many workers")
 DDPM_ARGS = {"schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -42,20 +43,21 @@ def test_weighted_loss_is_the_weighted_mean_over_samples():
     assert float(weighted_loss(prediction, target, torch.tensor([2.0, 1.0]))) == pytest.approx((2 * 1 + 9) / 2)
 
 
+@pytest.mark.parametrize("kind", ["min_snr", "truncated_snr", "snr_plus_one", "p2"])
 @pytest.mark.parametrize("prediction", ["eps", "v"])
-def test_min_snr_weights_the_same_x0_error_in_every_prediction(prediction):
+def test_a_weight_weights_the_same_x0_error_in_every_prediction(prediction, kind):
     """The weighted loss of one denoiser is the same number whether it predicts x0, eps or v."""
-    process, gamma = DDPM(**DDPM_ARGS), 5.0
+    process = DDPM(**DDPM_ARGS)
     positions = torch.arange(64)
     x0, eps = (Keys(0).normal(n, positions, (4, 8, 8), torch.float64) for n in ("x", "e"))
     t = Keys(0).integers("t", positions, 0, 1000)
     error = Keys(0).normal("error", positions, (4, 8, 8), torch.float64) * 0.1
     alpha, sigma = (a.view(-1, 1, 1, 1) for a in process.alpha_sigma(t, torch.float64))
     snr = process.log_snr(t, torch.float64).exp()
-    x0_loss = weighted_loss(x0 + error, x0, min_snr_weight(snr, gamma, "x0"))
+    x0_loss = weighted_loss(x0 + error, x0, loss_weight(kind, snr, "x0"))
     shift = {"eps": -alpha / sigma * error, "v": -(sigma + alpha**2 / sigma) * error}[prediction]
     target = {"eps": eps, "v": alpha * eps - sigma * x0}[prediction]
-    loss = weighted_loss(target + shift, target, min_snr_weight(snr, gamma, prediction))
+    loss = weighted_loss(target + shift, target, loss_weight(kind, snr, prediction))
     assert float(loss) == pytest.approx(float(x0_loss), rel=1e-9)
 
 
@@ -83,10 +85,39 @@ def test_the_loss_depends_on_positions_and_not_on_grouping(folder):
     assert float(together) == pytest.approx(float(sum(halves)) / 2, rel=1e-5)
 
 
+def test_weights_of_the_eps_loss_at_known_ratios():
+    snr = torch.tensor([0.5, 1.0, 10.0])
+    known = {
+        "min_snr": [1.0, 1, 0.5],
+        "truncated_snr": [2.0, 1, 1],
+        "snr_plus_one": [3, 2, 1.1],
+        "p2": [2 / 3, 0.5, 1 / 11],
+    }
+    for kind, values in known.items():
+        torch.testing.assert_close(loss_weight(kind, snr, "eps"), torch.tensor(values))
+
+
+def test_learned_variances_end_at_the_losses_of_their_intervals(folder, tmp_path):
+    """exp(-s) L + s is least at s = log L: where the network stays as it is, s_j goes to log L_j."""
+    still = GroupOptions(lambda p: torch.optim.SGD(p, lr=0.0 if p[0].dim() > 1 else 0.5), clip=None)
+    module = Diffusion(str(folder), weighting="uncertainty", intervals=2, denoiser=still)
+    fit(tmp_path, module, 60, Pictures(batch_size=16))
+    with torch.no_grad():
+        cond, batch = module.condition(records(0, 64)), records(0, 64)
+        module.weighting = "none"
+        for j, s in enumerate(module.uncertainty.log_variance.tolist()):
+            module.law = Uniform(low=500 * j, high=500 * (j + 1))
+            assert s == pytest.approx(float(module.loss(batch, module.denoiser, cond, Keys(5)).log()), abs=0.1)
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"weighting": "min_snr"},
+        {"weighting": "truncated_snr"},
+        {"weighting": "snr_plus_one"},
+        {"weighting": "p2"},
+        {"weighting": "uncertainty"},
         {"null_probability": 0.9},
         {"law": Uniform(high=100)},
         {"law": Uniform(antithetic=True)},

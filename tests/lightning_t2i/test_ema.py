@@ -17,7 +17,7 @@ from toy import Toy, ToyData, adam, trainer_for
 from lightning_t2i.checkpoints.snapshots import averages, write_snapshot
 from lightning_t2i.cli.main import main
 from lightning_t2i.cli.restore import UseAverage
-from lightning_t2i.ema import Averages, PowerFunction, gamma_of
+from lightning_t2i.ema import Averages, PowerFunction, gamma_of, profiles
 from lightning_t2i.errors import UserError
 from lightning_t2i.loggers import read_lines
 from lightning_t2i.options import EMAOptions, GroupOptions
@@ -240,3 +240,24 @@ def test_the_command_exports_and_evaluates_another_average(tmp_path, monkeypatch
     assert main(["fit", "--config", str(tmp_path / "mine.yaml"), "--ema", "0.1"]) == 2
     assert "Only export and evaluations" in capsys.readouterr().err
     assert json.loads((tmp_path / "runs/mine/finished").read_text()) == {"step": 6}
+
+
+def test_a_power_that_is_not_positive_is_refused() -> None:
+    with pytest.raises(UserError, match="power"):
+        EMAOptions(0.9999, power=-0.75)
+
+
+def test_a_power_limits_the_decay_and_a_restart_forgets() -> None:
+    """1 - (1 + n)^-0.75: 0 at first, 0.9944 after 1,000 updates, 0.9997 after 50,000; then the limit."""
+    (profile,) = profiles(EMAOptions(0.9999, power=0.75))
+    found = [profile.decay(n) for n in (0, 1000, 50_000, 1_000_000)]
+    assert found == pytest.approx([0, 0.99438, 0.9997, 0.9999], abs=1e-5)
+    network = nn.Linear(2, 2)
+    averages = Averages("ema", network, ["weight"], EMAOptions([0.5, 0.9], warmup=False))
+    for step in range(3):
+        network.weight.data.add_(1.0)
+        averages.update([network.weight], step)
+    assert averages.count == 3 and not torch.equal(averages.first[0], network.weight)
+    averages.restart([network.weight])
+    assert averages.count == 0
+    assert all(torch.equal(tensors[0], network.weight) for tensors in (averages.first, *averages.others))

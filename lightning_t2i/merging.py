@@ -1,0 +1,266 @@
+"""Merging: theta = theta_0 + sum_i w_i (theta_i - theta_0), of weights in safetensors files, tensor by tensor.
+
+    python train.py merge OUT BASE EXPERT EXPERT ... --weights 0.1,0.1,0.2,0.5
+    python train.py merge OUT --run NAME --weights ... | --search METHOD
+
+An expert is a folder with the networks of BASE (pipelines or single models, of whatever method), or a *delta*: a file
+with theta_i - theta_0 of the denoising network (`save_delta`). The sum is float32; what is written has the precision of
+BASE. Memory is that of three tensors, whatever the number of experts: files are read in parts and nothing is mapped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_t2i.errors import UserError
+from lightning_t2i.frozen import folder_identity
+from lightning_t2i.networks.load import BACKBONES
+from lightning_t2i.state_io import flush, write_atomically
+
+PROVENANCE = "merge.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a file: where its bytes begin, its precision and its shape."""
+
+    file: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        buffer = torch.empty(self.bytes, dtype=torch.uint8)
+        with self.file.open("rb", buffering=0) as stream:
+            stream.seek(self.offset)
+            view, done = memoryview(buffer.numpy()), 0
+            while done < self.bytes:
+                if not (count := stream.readinto(view[done:])):
+                    raise UserError("The file ends in the middle of a tensor", where=str(self.file))
+                done += count
+        return buffer.view(self.dtype).view(self.shape)
+
+
+def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file, without reading a tensor.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > file.stat().st_size:
+                raise ValueError
+            header = json.loads(stream.read(length))
+        about = header.pop("__metadata__", {})
+        found = {
+            name: Entry(file, 8 + length + e["data_offsets"][0], DTYPES[e["dtype"]], tuple(e["shape"]))
+            for name, e in header.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError("Not a safetensors file that can be read", where=str(file)) from error
+    return found, about
+
+
+def write_streamed(
+    file: Path, like: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[Tensor],
+    metadata: Mapping[str, str],
+) -> None:  # fmt: skip
+    """Writes a safetensors file of tensors that come one by one in the order of `like`; whole or not at all."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, (dtype, shape) in like.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb", buffering=0) as stream:
+            stream.write(len(head).to_bytes(8, "little") + head)
+            for tensor, (dtype, _) in zip(tensors, like.values(), strict=True):
+                whole = tensor.detach().to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
+                _write(stream, whole)
+        flush(temporary)
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    flush(file.parent)
+
+
+def _write(stream: Any, data: np.ndarray) -> None:
+    view = memoryview(data)
+    while len(view):
+        view = view[stream.write(view) :]
+
+
+def merged(base: Tensor, taus: Iterable[tuple[float, Tensor]], float32: bool = True) -> Tensor:
+    """theta_0 + sum w tau of one tensor; a sharded one is summed shard by shard. Zero weights are left out.
+
+    Args:
+        float32: sum in float32, whatever the precision of the base; what is no number stays as it is.
+    """
+    if not base.is_floating_point():
+        return base
+    total = base.detach().to(torch.float32 if float32 else base.dtype, copy=True)
+    for weight, tau in taus:
+        if weight:
+            total.add_(tau.to(total.dtype), alpha=weight)
+    return total
+
+
+# ---- sources -------------------------------------------------------------------------------------------------------
+
+
+def index(folder: Path) -> dict[str, Entry]:
+    """`component/tensor` -> where it lies, of all safetensors files of a folder; names of files do not matter."""
+    found: dict[str, Entry] = {}
+    for file in sorted(folder.rglob("*.safetensors")):
+        place = file.parent.relative_to(folder).as_posix()
+        found |= {f"{place}/{name}": entry for name, entry in read_header(file)[0].items()}
+    return found
+
+
+class Expert:
+    """theta_i - theta_0, tensor by tensor, of an expert's folder or a delta's file.
+
+    Args:
+        source: the folder or file.
+        base: index of the base, whose tensors a folder must have, all of them and no others.
+
+    Raises:
+        UserError: it is neither, or of another architecture.
+    """
+
+    def __init__(self, source: Path, base: Mapping[str, Entry]):
+        self.source = source
+        self.about: dict[str, str] = {}
+        self.is_delta = source.is_file()
+        if self.is_delta:
+            tensors, self.about = read_header(source)
+            if "delta" not in self.about:
+                raise UserError("This file is no delta", where=str(source), allowed="a folder, or a file of a DeMe run")
+            places = {name.partition("/")[0] for name in base}
+            place = next((b for b in BACKBONES if b in places), ".")
+            self.entries = {f"{place}/{name}": entry for name, entry in tensors.items()}
+            wrong = sorted(self.entries.keys() - base.keys())
+            fix = "python train.py merge OUT --run NAME, which knows the network's projections"
+        else:
+            self.entries = index(source)
+            wrong = sorted(self.entries.keys() ^ base.keys())
+            fix = "merge folders that were exported from one base"
+        wrong = wrong or [n for n, e in self.entries.items() if e.shape != base[n].shape]
+        if wrong or not self.entries:
+            given = f"{len(wrong)} tensors differ, first: {wrong[0]}" if wrong else "no safetensors files"
+            raise UserError("This expert has not the architecture of the base", where=str(source), given=given, fix=fix)
+
+    def tau(self, name: str, base: Tensor) -> Tensor | None:
+        """None where the expert changes nothing."""
+        if name not in self.entries:
+            return None
+        tensor = self.entries[name].read()
+        return tensor if self.is_delta else tensor.float().sub_(base)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        if self.is_delta:
+            return dict(self.about)
+        return {"folder": self.source.name, "identity": folder_identity(self.source)}
+
+
+def merge_folders(out: Path, base: Path, experts: Sequence[Path], weights: Sequence[float]) -> Path:
+    """Writes `out`: the base's folder with merged weights, and merge.json, which says what it was made of.
+
+    Raises:
+        UserError: the numbers do not match, a folder is missing, `out` exists, or an expert does not fit.
+    """
+    check_weights(weights, len(experts))
+    for folder in (base, *experts):
+        if not folder.exists():
+            raise UserError("There is no such folder", given=str(folder))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError("The folder exists", where="OUT", given=str(out), fix="name a new folder or remove it")
+    of_base = index(base)
+    if not of_base:
+        raise UserError("The base has no safetensors files", where=str(base))
+    found = [Expert(source, of_base) for source in experts]
+    refuse_mixed([e.about for e in found if e.is_delta])
+
+    def tensors(place: str, entries: Mapping[str, Entry]) -> Iterator[Tensor]:
+        for name, entry in entries.items():
+            theta, key = entry.read(), f"{place}/{name}"
+            if not theta.is_floating_point():
+                yield theta
+                continue
+            parts = ((w, tau) for w, e in zip(weights, found, strict=True) if w
+                     and (tau := e.tau(key, theta)) is not None)  # fmt: skip
+            yield merged(theta, parts)
+
+    for file in sorted(p for p in base.rglob("*") if p.is_file()):
+        target = out / file.relative_to(base)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix != ".safetensors":
+            if file.name not in ("README.md", PROVENANCE):  # they are about the base alone
+                shutil.copyfile(file, target)
+            continue
+        entries, about = read_header(file)
+        like = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+        place = file.parent.relative_to(base).as_posix()
+        write_streamed(target, like, tensors(place, entries), about or {"format": "pt"})
+    write_provenance(out, folder_identity(base), [e.identity for e in found], weights)
+    return out
+
+
+def write_provenance(
+    out: Path, base: str, experts: Sequence[Mapping[str, Any]], weights: Sequence[float], **more: Any
+) -> None:
+    """merge.json: identities of base and experts, weights, and how they were found."""
+    facts = {"base": base, "experts": [dict(e) for e in experts], "weights": list(map(float, weights)), **more}
+    write_atomically(out / PROVENANCE, (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def check_weights(weights: Sequence[float], experts: int) -> None:
+    """Refuses weights that are no numbers, or not one for each expert."""
+    if len(weights) != experts or not experts or not all(math.isfinite(w) for w in weights):
+        what, allowed = "There must be one weight for each expert", f"{experts} numbers"
+        raise UserError(what, where="--weights", given=list(weights), allowed=allowed, fix="0.1,0.1,0.2,0.5")
+
+
+# ---- deltas --------------------------------------------------------------------------------------------------------
+
+
+def save_delta(file: Path, taus: Iterable[tuple[str, Tensor]], about: Mapping[str, Any]) -> None:
+    """Writes theta_i - theta_0 of a denoising network with what is known of it: base, ranges, index and so on."""
+    tensors = dict(taus)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    like = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    facts = {"delta": "1", **{k: str(v) for k, v in about.items()}}
+    write_streamed(file, like, tensors.values(), facts)
+
+
+def refuse_mixed(abouts: Sequence[Mapping[str, str]]) -> None:
+    """Refuses deltas of different bases, divisions into ranges, or sets of projections."""
+    for name in ("base", "ranges", "projected"):
+        if len(values := sorted({about.get(name, "") for about in abouts})) > 1:
+            raise UserError(f"The deltas are of different {name}", given=", ".join(values), fix="train them again")

@@ -1,7 +1,7 @@
 """Coresets: which real pairs stand for all.
 
     random      drawn
-    herding     greedy: the mean of the chosen stays nearest to the mean of all                        (ICML 2009, Welling)
+    herding     greedy: the mean of the chosen stays nearest to the mean of all                     (ICML 2009, Welling)
     k_center    greedy: always the pair that is farthest from all chosen ones                            (1708.00489)
     forgetting  the pairs that an expert most often knew and then did not know, epoch by epoch           (1812.05159)
 

@@ -77,7 +77,7 @@ def test_paper_scale_memory_per_process(session, name, capsys):
 
 
 TRAINERS = {"cpu": None, "gpu": (1, 1), "ddp": (8, 1), "fsdp": (1, 8), "hsdp": (2, 8)}  # meshes on nodes of 8 devices
-METHODS = ("classifier", "clip", "diffusion", "dmd", "dmd2", "fluid", "tokenizer", "wukong")
+METHODS = ("classifier", "clip", "diffusion", "dmd", "dmd2", "experts", "fluid", "repblend", "tokenizer", "wukong")
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)

@@ -23,8 +23,8 @@ from lightning_t2i.networks.image_tower import CLIP_PIXELS, ImageTower
 from lightning_t2i.networks.load import build_network, locate, model_index, read_json
 from lightning_t2i.networks.nfnet import NFNet
 from lightning_t2i.networks.perceptual import PerceptualNetwork
-from lightning_t2i.networks.text_encoder import TextEncoder
 from lightning_t2i.networks.projection import Student
+from lightning_t2i.networks.text_encoder import TextEncoder
 from lightning_t2i.paths import resolve
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ The encoder is a ViT-S/16 at 112 pixels of random weights (22 M parameters, 1.1 
 "heads" encodes each picture once and takes one gradient to pixels; "chunks" encodes 16 at a time, and again on the way
 back. "encoder" differentiates all of the encoder's weights twice in every inner step.
 
-Operations and bytes at the peak (of tensors alive beyond the weights) are counted on tensors without data, by an allocator
-that watches every operation (lightning_t2i/preflight/allocator.py). Times are the processor's, of one thread. Bytes of an
-expert are counted from shapes: eleven snapshots of both trained branches, NFNet-L0 and BERT's vectors.
+Operations and bytes at the peak (of tensors alive beyond the weights) are counted on tensors without data, by an
+allocator that watches every operation (lightning_t2i/preflight/allocator.py). Times are the processor's, of one thread.
+Bytes of an expert are counted from shapes: eleven snapshots of both trained branches, NFNet-L0 and BERT's vectors.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Claims about RepBlend (arXiv 2505.14705, tables 1 to 4, figures 1 to 3), LoRS (2406.03793) and what came before.
 
     arm                                  seeds   cost of a cell on one core
-    experts                              3       EXPERT_STEPS steps of ten experts, and once more for the validation seed
+    experts                              3       EXPERT_STEPS steps of ten experts, once more for validation
     tune-ARM                             1       three rates (and first three regimes of blending), shared by the seeds
     repblend, lors, tesla, mtt, noise    3       STEPS iterations of PAIRS pairs
     know-..., coresets                   3       five students of each set, 100 epochs, and five on another encoder
@@ -120,8 +120,8 @@ def matrix(quick: bool = False) -> Matrix:
         Claim("7-tesla", "And than TESLA-VL.", ours, "know-tesla", "mean", 0.0),
         *(Claim(f"last-{name}", f"{name}: mean recall after the last epoch.", f"know-{name}", None, "last", None)
           for name in DISTILLED),
-        *(Claim(f"reference-{name}", f"{name}: after the epoch that is best on test.", f"know-{name}", None, "reference",
-                None) for name in DISTILLED),
+        *(Claim(f"reference-{name}", f"{name}: after the epoch that is best on test.", f"know-{name}", None,
+                "reference", None) for name in DISTILLED),
         *(Claim(f"regime-{i}", f"Validation of blending's regime {i}.", "tune-repblend", None, f"regime-{i}", None)
           for i in range(len(REGIMES))),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The benchmark of RepBlend compares iterations of equal size, and its bars that are counted hold at the papers' shapes."""
+"""The benchmark of RepBlend compares iterations of equal size, and what is counted holds its bar."""
 
 import torch
 

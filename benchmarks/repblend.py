@@ -49,7 +49,7 @@ class Vision(nn.Module):
         self.width, self.size = width, size
         config = CLIPVisionConfig(
             hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads,
-            image_size=size, patch_size=16, attn_implementation="eager",
+            image_size=size, patch_size=16, hidden_act="gelu", attn_implementation="eager",
         )  # fmt: skip
         self.network = CLIPVisionModel(config)
 

@@ -184,9 +184,13 @@ class RepBlend(MeasuredSet):
         if last >= self.trajectories.length:
             what, allowed = "The experts have fewer epochs", f"below {self.trajectories.length} together"
             raise UserError(what, where="model.max_start, model.expert_epochs", given=last, allowed=allowed)
-        self.judge = self.trajectories.snapshot(0, self.trajectories.length - 1, self.device)
+        self.judge, self.known = self.trajectories.snapshot(0, self.trajectories.length - 1, self.device), features
         if self.counters.step == 0:
             self.begin(stream, features)
+            self.draw("before")
+
+    def on_train_end(self) -> None:
+        self.draw("after")
 
     @torch.no_grad()
     def begin(self, stream: Any, features: PairFeatures) -> None:

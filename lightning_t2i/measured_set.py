@@ -19,6 +19,7 @@ from lightning_t2i.networks.frozen_pair import facts_of
 from lightning_t2i.networks.projection import Student
 from lightning_t2i.pair_features import PairFeatures
 from lightning_t2i.retrieval_student import Protocol, TrainingSet, evaluate, recall_of
+from lightning_t2i.set_pictures import draw_embeddings, draw_pairs
 from lightning_t2i.soft_contrast import Objective
 from lightning_t2i.synthetic_set import SyntheticSet, nearest_captions
 
@@ -27,7 +28,7 @@ class MeasuredSet(MethodModule):
     """What a method has to set: student, objective, protocol, alpha, chunk; `tensors` and, once known, `judge`.
 
     student, objective, protocol: of new students; alpha: scale of S; chunk: pictures encoded at a time;
-    judge: weights of both heads whose embeddings tell of collapse.
+    judge: weights of both heads whose embeddings tell of collapse; known: features of the real pairs.
     """
 
     student: Student
@@ -36,6 +37,7 @@ class MeasuredSet(MethodModule):
     alpha: float
     chunk: int | None
     judge: tuple[Tensor, Tensor] | None = None
+    known: PairFeatures | None = None
     image: Any
     text: Any
 
@@ -66,6 +68,7 @@ class MeasuredSet(MethodModule):
         texts = self.text([text for own in captions for text in own])
         self.recall.add(self.image(main.image), main.id, texts, owners)
 
+    @torch.inference_mode(False)  # students are trained here
     def on_validation_epoch_end(self) -> None:
         """Recalls of new students; how far the modalities have collapsed."""
         stage, pairs = "test" if self.trainer.testing else "val", self.training_set()
@@ -96,6 +99,22 @@ class MeasuredSet(MethodModule):
         pictures, texts, rates, *factors = (t.detach().cpu() for t in self.tensors())
         facts = {**facts_of(self.frozen_identities, self.student), "alpha": self.alpha}
         return SyntheticSet(pictures, texts, tuple(factors), rates, facts)
+
+    @torch.no_grad()
+    def draw(self, name: str) -> None:
+        """Writes pairs-NAME.png and embeddings-NAME.png into the run folder: the set, beside as many real pairs."""
+        found, pairs, known = self.synthetic_set(), self.training_set(), self.known
+        if known is None or self.judge is None or not self.trainer.is_global_zero:
+            return
+        folder = Path(self.trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        near = nearest_captions(found.texts, known.texts.cpu(), known.captions)
+        draw_pairs(found.images, near).save(folder / f"pairs-{name}.png")
+        real = known.images[known.owner[: len(found)]], known.texts[: len(found)]
+        sets = {"synthetic": (pairs.images, pairs.texts), "real": real}
+        embedded = {kind: self.student.embed(self.judge, *rows) for kind, rows in sets.items()}
+        draw_embeddings({kind: (x.cpu(), y.cpu()) for kind, (x, y) in embedded.items()},
+                        folder / f"embeddings-{name}.png")  # fmt: skip
 
     @torch.no_grad()
     def export(self, folder: Path, batches: Iterable[Batch]) -> None:

@@ -72,10 +72,7 @@ def _set(cell: Cell, folder: Path, trajectories: Path, overrides: dict[str, Any]
 
 
 def _rates(options: Any, factor: float) -> dict[str, Any]:
-    return {
-        f"model.{name}.optimizer.lr": rate * factor
-        for name, rate in zip(RATED, options["rates"], strict=True)
-    }
+    return {f"model.{name}.optimizer.lr": rate * factor for name, rate in zip(RATED, options["rates"], strict=True)}
 
 
 def tune(cell: Cell) -> Measured:

@@ -23,7 +23,7 @@ from lightning_t2i.pair_features import PairFeatures
 BATCH = 128
 
 
-def random(count: int, pairs: int, keys: Keys) -> Tensor:
+def drawn_pairs(count: int, pairs: int, keys: Keys) -> Tensor:
     """[count] of so many pairs."""
     return keys.uniform("random", torch.arange(pairs)).argsort()[:count]
 
@@ -76,7 +76,7 @@ def known_pairs(features: PairFeatures, student: Student, trajectories: Any, key
 def choose(kind: str, features: PairFeatures, count: int, keys: Keys, trajectories: Any, student: Student) -> Tensor:
     """Pairs [count] of a coreset; "noise" has those of "random"."""
     if kind in ("random", "noise"):
-        return random(count, len(features), keys)
+        return drawn_pairs(count, len(features), keys)
     if kind == "forgetting":
         counts = forgotten(known_pairs(features, student, trajectories, keys))
         return counts.sort(descending=True, stable=True).indices[:count].cpu()

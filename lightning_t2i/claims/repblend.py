@@ -21,6 +21,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_t2i.claims import repblend_cells as cells
+from lightning_t2i.claims.repblend_asymmetric import asymmetric
 from lightning_t2i.claims.spec import Arm, Claim, Matrix
 
 CONFIG, EXPERTS = "configs/repblend/tiny.yaml", "configs/repblend/tiny_experts.yaml"
@@ -88,7 +89,7 @@ def matrix(quick: bool = False) -> Matrix:
         *(arm for name in DISTILLED for arm in distilled(name)),
         Arm("know-identity", cells.know, identity, 1, "test", KNOW_S, ("experts", "repblend")),
         *map(chosen, CORESETS),
-        Arm("asymmetric", cells.asymmetric, whole, whole["steps"], "iteration", ASYMMETRIC_S, ("repblend",)),
+        Arm("asymmetric", asymmetric, whole, whole["steps"], "iteration", ASYMMETRIC_S, ("repblend",)),
         Arm("over-random", cells.compare, {"metric": "mean", "arm": "know-repblend", "baseline": "random"}, 1, "ratio",
             0.1, ("know-repblend", "random")),
     )  # fmt: skip

@@ -7,7 +7,6 @@ split `retrieval` is searched with what was chosen.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +14,6 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from torch import Tensor
-from torch.nn.functional import normalize
 
 from datamodules.retrieval import RetrievalPairs
 from lightning_modules.experts import FOLDER, Trajectories
@@ -27,13 +24,12 @@ from lightning_t2i.cli.restore import constructed, restore
 from lightning_t2i.keys import Keys
 from lightning_t2i.metrics.collapse import collapse, stripes, threshold
 from lightning_t2i.networks.frozen_pair import FrozenImages
-from lightning_t2i.networks.projection import Head, Student
+from lightning_t2i.networks.projection import Student
 from lightning_t2i.pair_features import PairFeatures
 from lightning_t2i.paths import resolve
 from lightning_t2i.retrieval_student import Protocol, TrainingSet, evaluate, recall_of
-from lightning_t2i.soft_contrast import OBJECTIVES, contrast, similarity, wbce
+from lightning_t2i.soft_contrast import OBJECTIVES, similarity
 from lightning_t2i.state_io import complete_checkpoints
-from lightning_t2i.trajectory_matching import Segment, tesla
 
 TUNING = 100  # seed
 OTHER = "assets/tiny/perceptual"  # another encoder of pictures: architecture and seed differ
@@ -187,7 +183,7 @@ def judged(cell: Cell, method: Any, world: World, pairs: TrainingSet) -> dict[st
     """Collapse of a set in the space of the seed's first expert, cr42 against random real pairs."""
     trajectories = Trajectories(cell.after["experts"] / RUN / FOLDER)
     weights = trajectories.snapshot(0, trajectories.length - 1)
-    drawn = coresets.random(min(500, len(world.train)), len(world.train), Keys(cell.seed).fork("judge"))
+    drawn = coresets.drawn_pairs(min(500, len(world.train)), len(world.train), Keys(cell.seed).fork("judge"))
     real = method.student.embed(weights, world.train.images[world.train.owner[drawn]], world.train.texts[drawn])
     found = collapse(*method.student.embed(weights, pairs.images, pairs.texts), threshold(*real))
     if pairs.factors:
@@ -231,69 +227,3 @@ def compare(cell: Cell) -> Measured:
     """A metric of one arm over that of another: options metric, arm, baseline."""
     a, b = (cell.measured(cell.options[name]).of(cell.options["metric"]) for name in ("arm", "baseline"))
     return Measured({"ratio": a / b})
-
-
-class Asymmetric:
-    """LoRS as it was: the picture branch is the whole encoder, the text branch a head into its space.
-
-    Args:
-        image: the encoder, of whose weights the flat vectors are made; width of texts.
-    """
-
-    def __init__(self, image: FrozenImages, texts: int):
-        self.image, self.head = image, Head(texts, image.width)
-        self.names = {name: p.shape for name, p in image.named_parameters()}
-        self.weights = torch.cat([p.detach().flatten() for p in image.parameters()])
-
-    def logits(self, theta: tuple[Tensor, Tensor], pixels: Tensor, texts: Tensor, temperature: float = 0.07) -> Tensor:
-        parts = theta[0].split([shape.numel() for shape in self.names.values()])
-        named = {name: part.view(shape) for part, (name, shape) in zip(parts, self.names.items(), strict=True)}
-        x = normalize(torch.func.functional_call(self.image, named, (pixels,)), dim=-1)
-        return x @ self.head(theta[1], texts).mT / temperature
-
-
-def asymmetric(cell: Cell) -> Measured:
-    """Distillation by the whole encoder: late matching losses of both branches, seconds of a step over RepBlend's.
-
-    Options: config, world, limits, batch, epoch (batches), epochs, steps, pairs, rates of X and Y, inner_batch, rate.
-    """
-    options = cell.options
-    method: Any = constructed(resolve(options["config"]))
-    method.configure_model()
-    stream = stream_of(options["world"], "train", options["train"])
-    features = PairFeatures.of(stream, (method.image, method.text), method.identities, "cpu")
-    whole = Asymmetric(method.image, features.texts.shape[1])
-    keys = Keys(cell.seed).fork("asymmetric")
-    theta = (whole.weights, whole.head.initial(keys, "text", torch.tensor([cell.seed]))[0])
-    snapshots = [theta]
-    every = stream.load(range(len(stream)), 0).image
-    for step in range(options["epochs"] * options["epoch"]):
-        rows = keys.at(step).integers("rows", torch.arange(options["batch"]), 0, len(features))
-        at: Any = tuple(t.detach().requires_grad_() for t in theta)
-        loss = contrast(whole.logits(at, every[features.owner[rows]], features.texts[rows]))
-        theta = tuple(t - options["rate"] * g for t, g in zip(at, torch.autograd.grad(loss, at), strict=True))
-        theta = tuple(t.detach() for t in theta)
-        if (step + 1) % options["epoch"] == 0:
-            snapshots.append(theta)
-    chosen = coresets.random(options["pairs"], len(features), keys)
-    leaves = [every[features.owner[chosen]].clone().requires_grad_(), features.texts[chosen].clone().requires_grad_()]
-    rates, losses, began = torch.full((2,), options["rate"]), [], time.process_time()
-    for step in range(options["steps"]):
-        start = int(keys.at(step).integers("start", torch.tensor([0]), 0, options["epochs"]))
-        segment = Segment(snapshots[start], snapshots[start + 1])
-        orders = [keys.at(step).uniform(f"pairs/{k}", torch.arange(options["pairs"])).argsort() for k in range(8)]
-
-        def inner(k: int, at: tuple[Tensor, Tensor], orders: list[Tensor] = orders) -> Tensor:
-            rows = orders[k][: options["inner_batch"]]
-            return wbce(whole.logits(at, leaves[0][rows], leaves[1][rows]), torch.eye(len(rows)))
-
-        found = tesla(inner, leaves, rates, segment, 8)
-        losses.append([float(branch) for branch in found.branches])
-        with torch.no_grad():
-            for leaf, gradient, rate in zip(leaves, found.gradients, options["rates"], strict=False):
-                leaf -= rate * gradient
-    late = torch.tensor(losses[len(losses) // 2 :]).mean(0).tolist()
-    seconds = (time.process_time() - began) / options["steps"]
-    ours = cell.measured(options["ours"]).numbers
-    return Measured({"image": late[0], "text": late[1], "seconds": seconds, "excess": late[0] - ours["image"],
-                     "parameters": float(whole.weights.numel() + whole.head.numel)})  # fmt: skip

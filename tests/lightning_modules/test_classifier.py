@@ -64,7 +64,7 @@ def test_noise_changes_the_training(tmp_path):
 def test_no_training_config_uses_the_metric_network(repo):
     """A model trained on its own score is worth nothing: only evaluation sections may name assets/tiny/classifier.
 
-    RepBlend's pairs are measured by retrieval of students on a frozen encoder, which this network is; not by its features.
+    RepBlend's pairs are measured by retrieval of students on a frozen encoder, which it is there; not by its features.
     """
 
     def names(value) -> bool:

@@ -389,6 +389,16 @@ def test_every_pair_is_seen_once_an_epoch_and_in_another_order_by_each_expert(tm
     assert len({tuple(rows.tolist()) for rows in epochs}) == 4
 
 
+def test_experts_that_go_on_leave_the_same_files(tmp_path):
+    fit(tmp_path / "whole", experts(tmp_path), 4, streams(), limit_val_batches=0)
+    half = fit(tmp_path / "half", experts(tmp_path), 3, streams(), limit_val_batches=0)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    assert [f.name for f in (tmp_path / "half" / FOLDER).glob("expert-*")] != []
+    fit_from(tmp_path / "half", experts(tmp_path), 4, tmp_path / "half.ckpt")
+    whole, again = (sorted((tmp_path / name / FOLDER).glob("expert-*")) for name in ("whole", "half"))
+    assert [f.read_bytes() for f in whole] == [f.read_bytes() for f in again]
+
+
 def test_experts_validate(tmp_path):
     module = experts(tmp_path)
     trainer = fit(tmp_path, module, 2, streams(), val_check_interval=2)

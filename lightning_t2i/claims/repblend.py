@@ -26,7 +26,7 @@ from lightning_t2i.claims.spec import Arm, Claim, Matrix
 
 CONFIG, EXPERTS = "configs/repblend/tiny.yaml", "configs/repblend/tiny_experts.yaml"
 PAIRS, STEPS, TRAIN, EXPERT_STEPS = 50, 120, 4000, 606
-RATES = (10.0, 1.0)  # of X and Y, times the factors
+RATES = (5000.0, 50.0)  # of X and Y, times the factors
 FACTORS = (0.3, 1.0, 3.0)
 REGIMES = (
     {"model.blending.concentration": 1.0},  # the reference

@@ -30,7 +30,7 @@ from lightning_t2i.blending import Blending, Plan
 from lightning_t2i.cli.session import quiet
 from lightning_t2i.keys import Keys
 from lightning_t2i.networks.nfnet import NFNet
-from lightning_t2i.networks.projection import Head, Student
+from lightning_t2i.networks.projection import Branches, Head, Student, each
 from lightning_t2i.preflight.allocator import Allocator
 from lightning_t2i.soft_contrast import similarity, wbce
 from lightning_t2i.trajectory_matching import Segment, tesla
@@ -74,7 +74,7 @@ class Contest:
         factors = (torch.ones(pairs), keys.normal("left", places, (RANK,)), torch.zeros(pairs, RANK))
         self.rest = [keys.normal("texts", places, (TEXT,)), *factors]
         self.rates = torch.full((2,), 0.1)
-        heads = tuple(w[0] for w in self.student.initial(keys, torch.tensor([0])))
+        heads = each(lambda w: w[0], self.student.initial(keys, torch.tensor([0])))
         self.shapes = {name: p.shape for name, p in self.encoder.named_parameters()}
         whole = torch.cat([p.detach().flatten() for p in self.encoder.parameters()])
         self.starts = {"heads": heads, "encoder": (whole, heads[1])}
@@ -98,7 +98,7 @@ class Contest:
         features = torch.cat(encoded)
         leaves = [t.detach().requires_grad_() for t in (features, *self.rest)]
 
-        def step(k: int, theta: tuple[Tensor, Tensor]) -> Tensor:
+        def step(k: int, theta: Branches) -> Tensor:
             rows = self.plan.rows[k]
             x, y = self.plan.mixed(k, leaves[0][self.plan.place[rows]], leaves[1][rows], Blending())
             logits = self.student.logits(theta, x, y)
@@ -111,7 +111,7 @@ class Contest:
     def whole(self) -> list[Tensor]:
         leaves = [t.clone().requires_grad_() for t in (self.pixels, *self.rest)]
 
-        def step(k: int, theta: tuple[Tensor, Tensor]) -> Tensor:
+        def step(k: int, theta: Branches) -> Tensor:
             rows = self.plan.rows[k]
             parts = theta[0].split([shape.numel() for shape in self.shapes.values()])
             named = {n: p.view(s) for p, (n, s) in zip(parts, self.shapes.items(), strict=True)}

@@ -35,7 +35,7 @@ from lightning_t2i.errors import UserError
 from lightning_t2i.keys import Keys
 from lightning_t2i.method import MethodModule
 from lightning_t2i.networks.frozen_pair import Encoders, facts_of
-from lightning_t2i.networks.projection import Student
+from lightning_t2i.networks.projection import Branches, Student, each
 from lightning_t2i.networks.tensors import Tensors
 from lightning_t2i.options import GroupOptions, MethodOptions
 from lightning_t2i.pair_features import PairFeatures
@@ -44,7 +44,6 @@ from lightning_t2i.state_io import full_tensor
 from lightning_t2i.trajectory_matching import Segment
 
 FOLDER, PARTS = "trajectories", "parts"
-Weights = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -86,29 +85,29 @@ class Course:
             self._order[epoch, expert] = self.keys.at(epoch).uniform("order", positions, (), torch.float64).argsort()
         return self._order[epoch, expert][place * self.size : (place + 1) * self.size]
 
-    def losses(self, step: int, experts: Sequence[int], weights: Weights) -> Tensor:
+    def losses(self, step: int, experts: Sequence[int], weights: Branches) -> Tensor:
         """The loss [N] of each of some experts, with their weights [N, n]."""
         device, found = weights[0].device, self.features
         rows = torch.stack([self.rows(step, n) for n in experts]).to(device)
         slots = torch.tensor(experts)[:, None] * self.size + torch.arange(self.size)
         keep = self.student.keep(self.keys.at(step), "dropout", slots.flatten().to(device))
-        stacked = tuple(k.view(len(experts), self.size, -1) for k in keep)
+        stacked = each(lambda k: k.view(len(experts), self.size, -1), keep)
         logits = self.student.logits(weights, found.images[found.owner[rows]], found.texts[rows], stacked)
         return contrast(logits)
 
 
-def trained(course: Course, experts: Sequence[int], recipe: Recipe) -> Iterator[Weights]:
+def trained(course: Course, experts: Sequence[int], recipe: Recipe) -> Iterator[Branches]:
     """Snapshots of some experts, [N, n] each: the initial one, then one after each epoch; by plain descent."""
     weights = course.student.initial(course.keys, torch.tensor(experts))
-    weights = tuple(w.to(course.features.texts.device) for w in weights)
-    yield tuple(w.clone() for w in weights)
+    weights = each(lambda w: w.to(course.features.texts.device), weights)
+    yield each(torch.clone, weights)
     for step in range(recipe.epochs * course.epoch_steps):
-        leaves = tuple(w.detach().requires_grad_() for w in weights)
+        leaves = each(lambda w: w.detach().requires_grad_(), weights)
         with torch.enable_grad():
             gradients = torch.autograd.grad(course.losses(step, experts, leaves).sum(), leaves)
-        weights = tuple(w - recipe.rate * g for w, g in zip(weights, gradients, strict=True))
+        weights = each(lambda w, g: w - recipe.rate * g, weights, gradients)
         if (step + 1) % course.epoch_steps == 0:
-            yield tuple(w.clone() for w in weights)
+            yield each(torch.clone, weights)
 
 
 class Trajectories:
@@ -122,7 +121,7 @@ class Trajectories:
         UserError: no experts in the folder, or those of other encoders, temperature or widths.
     """
 
-    def __init__(self, source: Path | Weights, facts: dict[str, Any] | None = None):
+    def __init__(self, source: Path | Branches, facts: dict[str, Any] | None = None):
         self.whole, self.files = (None, []) if isinstance(source, Path) else (source, [])
         if isinstance(source, Path):
             self.files = sorted(source.glob("expert-*.safetensors"))
@@ -142,12 +141,12 @@ class Trajectories:
     def __len__(self) -> int:
         return len(self.files) if self.whole is None else len(self.whole[0])
 
-    def snapshot(self, expert: int, epoch: int, device: Any = "cpu") -> Weights:
+    def snapshot(self, expert: int, epoch: int, device: Any = "cpu") -> Branches:
         """Weights of both heads, [n] each; copies."""
         if self.whole is not None:
-            return tuple(w[expert, epoch].to(device, copy=True) for w in self.whole)
+            return each(lambda w: w[expert, epoch].to(device, copy=True), self.whole)
         with safe_open(self.files[expert], "pt") as file:
-            return tuple(file.get_slice(name)[epoch : epoch + 1][0].to(device) for name in ("image", "text"))
+            return each(lambda name: file.get_slice(name)[epoch : epoch + 1][0].to(device), ("image", "text"))
 
     def segment(self, expert: int, start: int, epochs: int, device: Any = "cpu") -> Segment:
         """From one epoch to a later one.
@@ -162,7 +161,7 @@ class Trajectories:
         return found
 
 
-def save_experts(folder: Path, snapshots: Sequence[Weights], facts: dict[str, Any]) -> list[Path]:
+def save_experts(folder: Path, snapshots: Sequence[Branches], facts: dict[str, Any]) -> list[Path]:
     """Writes expert-NNNN.safetensors of snapshots [N, n] in the order of epochs."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []

@@ -44,6 +44,7 @@ from lightning_t2i.errors import UserError
 from lightning_t2i.keys import Keys
 from lightning_t2i.measured_set import MeasuredSet
 from lightning_t2i.networks.frozen_pair import Encoders, facts_of
+from lightning_t2i.networks.projection import Branches
 from lightning_t2i.networks.tensors import Tensors
 from lightning_t2i.options import GroupOptions, MethodOptions
 from lightning_t2i.pair_features import PairFeatures, records_of
@@ -251,7 +252,7 @@ class RepBlend(MeasuredSet):
         """L of an inner step as a function of its number and the weights of the heads."""
         features, vectors, factors = leaves[0], leaves[1], tuple(leaves[2:])
 
-        def loss(k: int, theta: tuple[Tensor, Tensor]) -> Tensor:
+        def loss(k: int, theta: Branches) -> Tensor:
             rows = plan.rows[k]
             x, y = plan.mixed(k, features[plan.place[rows]], vectors[rows], self.blending)
             logits = self.student.logits(theta, x, y, plan.keep(k, self.student, anew))

@@ -17,9 +17,7 @@ from torch import Tensor
 
 from lightning_t2i.errors import UserError
 from lightning_t2i.keys import Keys
-from lightning_t2i.networks.projection import Student
-
-Keep = tuple[Tensor, Tensor]
+from lightning_t2i.networks.projection import Branches, Student
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ class Plan:
                 found[branch] = rows + spread * noise
         return found["image"], found["text"]
 
-    def keep(self, k: int, student: Student, anew: bool = False) -> Keep:
+    def keep(self, k: int, student: Student, anew: bool = False) -> Branches:
         """What dropout leaves in step k; `anew` draws others than the first pass had."""
         slots = torch.arange(self.rows.shape[1], device=self.rows.device)
         return student.keep(self.keys, f"{self.name}/dropout{'/anew' * anew}/{k}", slots)

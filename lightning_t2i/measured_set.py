@@ -16,7 +16,7 @@ from lightning_t2i.method import MethodModule
 from lightning_t2i.metrics.collapse import collapse, stripes
 from lightning_t2i.metrics.retrieval import RetrievalRecall
 from lightning_t2i.networks.frozen_pair import facts_of
-from lightning_t2i.networks.projection import Student
+from lightning_t2i.networks.projection import Branches, Student
 from lightning_t2i.pair_features import PairFeatures
 from lightning_t2i.retrieval_student import Protocol, TrainingSet, evaluate, recall_of
 from lightning_t2i.set_pictures import draw_embeddings, draw_pairs
@@ -36,7 +36,7 @@ class MeasuredSet(MethodModule):
     protocol: Protocol
     alpha: float
     chunk: int | None
-    judge: tuple[Tensor, Tensor] | None = None
+    judge: Branches | None = None
     known: PairFeatures | None = None
     image: Any
     text: Any

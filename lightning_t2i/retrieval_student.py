@@ -18,11 +18,9 @@ from torch import Tensor
 
 from lightning_t2i.keys import Keys
 from lightning_t2i.metrics.retrieval import RetrievalRecall
-from lightning_t2i.networks.projection import Student
+from lightning_t2i.networks.projection import Branches, Student, each
 from lightning_t2i.pair_features import PairFeatures
 from lightning_t2i.soft_contrast import Objective, similarity
-
-Weights = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class TrainingSet:
 
 def students(
     student: Student, pairs: TrainingSet, objective: Objective, protocol: Protocol, keys: Keys
-) -> Iterator[tuple[int, Weights]]:
+) -> Iterator[tuple[int, Branches]]:
     """(epoch, weights [nets, n] of both heads) after every epoch that is tested."""
     device, m, nets = pairs.texts.device, len(pairs.texts), protocol.nets
     size = min(protocol.batch_size, m)
@@ -79,7 +77,8 @@ def students(
             drawn = keys.at(step).uniform("batch", torch.arange(nets * m)).view(nets, m)
             rows = drawn.argsort(1)[:, :size].to(device)
             slots = torch.arange(nets * size, device=device)
-            keep = tuple(k.view(nets, size, -1) for k in student.keep(keys.at(step), "dropout", slots))
+            drawn_keep = student.keep(keys.at(step), "dropout", slots)
+            keep = each(lambda k: k.view(nets, size, -1), drawn_keep)
             with torch.enable_grad():
                 logits = student.logits((weights[0], weights[1]), pairs.images[rows], pairs.texts[rows], keep)
                 loss = objective(logits, similarity(pairs.factors, pairs.alpha, rows).to(logits)).sum()
@@ -99,7 +98,7 @@ def recall_of(features: PairFeatures) -> RetrievalRecall:
     return recall
 
 
-def retrieve(recall: RetrievalRecall, student: Student, weights: Weights) -> dict[str, float]:
+def retrieve(recall: RetrievalRecall, student: Student, weights: Branches) -> dict[str, float]:
     """Recalls of one student, with weights [n]: those of `RetrievalRecall.compute`."""
     on_cpu = (weights[0].cpu(), weights[1].cpu())
 

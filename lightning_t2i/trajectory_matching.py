@@ -22,17 +22,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Step = Callable[[int, tuple[Tensor, Tensor]], Tensor]  # inner step k, weights of both branches -> loss
+from lightning_t2i.networks.projection import Branches, each
+
+Step = Callable[[int, Branches], Tensor]  # inner step k, weights of both branches -> loss
 
 
 @dataclass(frozen=True)
 class Segment:
     """Where an expert was and where it went: weights of the picture and the text branch, [n] each."""
 
-    start: tuple[Tensor, Tensor]
-    target: tuple[Tensor, Tensor]
+    start: Branches
+    target: Branches
 
-    def scales(self, merged: bool) -> tuple[Tensor, Tensor]:
+    def scales(self, merged: bool) -> Branches:
         """c of both branches."""
         d = [(a - b).square().sum() for a, b in zip(self.start, self.target, strict=True)]
         return (1 / (d[0] + d[1]), 1 / (d[0] + d[1])) if merged else (1 / d[0], 1 / d[1])
@@ -43,11 +45,11 @@ class Matched:
     """loss J; branches: c_m r_m of both; gradients: of J, one for each leaf and then one for the rates [2]."""
 
     loss: Tensor
-    branches: tuple[Tensor, Tensor]
+    branches: Branches
     gradients: list[Tensor]
 
 
-def _matched(ends: Sequence[Tensor], segment: Segment, merged: bool) -> tuple[Tensor, Tensor]:
+def _matched(ends: Sequence[Tensor], segment: Segment, merged: bool) -> Branches:
     scales = zip(ends, segment.target, segment.scales(merged), strict=True)
     first, second = (c * (end - target).square().sum() for end, target, c in scales)
     return first, second
@@ -64,7 +66,7 @@ def unrolled(
         rates: eta of both branches, [2].
     """
     eta = rates.detach().requires_grad_()
-    theta: tuple[Tensor, Tensor] = tuple(t.detach().requires_grad_() for t in segment.start)  # type: ignore[assignment]
+    theta = each(lambda t: t.detach().requires_grad_(), segment.start)
     with torch.enable_grad():
         for k in range(steps):
             g = torch.autograd.grad(step(k, theta), theta, create_graph=True)
@@ -89,7 +91,7 @@ def tesla(
     theta, passed = segment.start, []
     total = [torch.zeros_like(t) for t in segment.start]
     for k in range(steps):
-        at: tuple[Tensor, Tensor] = tuple(t.detach().requires_grad_() for t in theta)  # type: ignore[assignment]
+        at = each(lambda t: t.detach().requires_grad_(), theta)
         with torch.enable_grad():
             g = torch.autograd.grad(step(k, at), at)
         passed.append(at)

@@ -15,7 +15,7 @@ from lightning_t2i.claims.spec import Cell, Measured
 from lightning_t2i.cli.restore import constructed
 from lightning_t2i.keys import Keys
 from lightning_t2i.networks.frozen_pair import FrozenImages
-from lightning_t2i.networks.projection import Head
+from lightning_t2i.networks.projection import Branches, Head, each
 from lightning_t2i.pair_features import PairFeatures
 from lightning_t2i.paths import resolve
 from lightning_t2i.soft_contrast import contrast, wbce
@@ -34,7 +34,7 @@ class Asymmetric:
         self.names = {name: p.shape for name, p in image.named_parameters()}
         self.weights = torch.cat([p.detach().flatten() for p in image.parameters()])
 
-    def logits(self, theta: tuple[Tensor, Tensor], pixels: Tensor, texts: Tensor, temperature: float = 0.07) -> Tensor:
+    def logits(self, theta: Branches, pixels: Tensor, texts: Tensor, temperature: float = 0.07) -> Tensor:
         parts = theta[0].split([shape.numel() for shape in self.names.values()])
         named = {name: part.view(shape) for part, (name, shape) in zip(parts, self.names.items(), strict=True)}
         x = normalize(torch.func.functional_call(self.image, named, (pixels,)), dim=-1)
@@ -58,10 +58,9 @@ def asymmetric(cell: Cell) -> Measured:
     every = stream.load(range(len(stream)), 0).image
     for step in range(options["epochs"] * options["epoch"]):
         rows = keys.at(step).integers("rows", torch.arange(options["batch"]), 0, len(features))
-        at: Any = tuple(t.detach().requires_grad_() for t in theta)
+        at = each(lambda t: t.detach().requires_grad_(), theta)
         loss = contrast(whole.logits(at, every[features.owner[rows]], features.texts[rows]))
-        theta = tuple(t - options["rate"] * g for t, g in zip(at, torch.autograd.grad(loss, at), strict=True))
-        theta = tuple(t.detach() for t in theta)
+        theta = each(lambda t, g: (t - options["rate"] * g).detach(), at, torch.autograd.grad(loss, at))
         if (step + 1) % options["epoch"] == 0:
             snapshots.append(theta)
     chosen = coresets.drawn_pairs(options["pairs"], len(features), keys)
@@ -72,7 +71,7 @@ def asymmetric(cell: Cell) -> Measured:
         segment = Segment(snapshots[start], snapshots[start + 1])
         orders = [keys.at(step).uniform(f"pairs/{k}", torch.arange(options["pairs"])).argsort() for k in range(8)]
 
-        def inner(k: int, at: tuple[Tensor, Tensor], orders: list[Tensor] = orders) -> Tensor:
+        def inner(k: int, at: Branches, orders: list[Tensor] = orders) -> Tensor:
             rows = orders[k][: options["inner_batch"]]
             return wbce(whole.logits(at, leaves[0][rows], leaves[1][rows]), torch.eye(len(rows)))
 

@@ -12,6 +12,7 @@ be stacked, [N, n]; inputs then are [N, B, d]. Initial weights are those of torc
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,13 @@ from torch.nn.functional import gelu, layer_norm, normalize
 from lightning_t2i.keys import Keys
 
 DROPOUT = 0.1
+Branches = tuple[Tensor, Tensor]  # something of the picture and of the text branch
+
+
+def each(function: Callable[..., Tensor], *pairs: Branches) -> Branches:
+    """A function of each branch."""
+    first, second = (function(*parts) for parts in zip(*pairs, strict=True))
+    return first, second
 
 
 @dataclass(frozen=True)
@@ -93,31 +101,31 @@ class Student:
         """A student of features of these widths; its own is that of the pictures' unless told."""
         return cls(Head(image, width or image), Head(text, width or image), temperature)
 
-    def initial(self, keys: Keys, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def initial(self, keys: Keys, numbers: Tensor) -> Branches:
         """Weights of new students: [N, n] for each branch."""
         return self.image.initial(keys, "image", numbers), self.text.initial(keys, "text", numbers)
 
-    def keep(self, keys: Keys, name: str, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def keep(self, keys: Keys, name: str, positions: Tensor) -> Branches:
         """Dropout of both branches: bool [B, D] each."""
         width = self.image.width
         return dropout(keys, f"{name}/image", positions, width), dropout(keys, f"{name}/text", positions, width)
 
     def embed(
         self,
-        weights: tuple[Tensor, Tensor],
+        weights: Branches,
         images: Tensor,
         texts: Tensor,
-        keep: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
-    ) -> tuple[Tensor, Tensor]:
+        keep: Branches | tuple[None, None] = (None, None),
+    ) -> Branches:
         """Unit vectors of features of pictures [..., B, d] and texts [..., C, d']."""
         return self.image(weights[0], images, keep[0]), self.text(weights[1], texts, keep[1])
 
     def logits(
         self,
-        weights: tuple[Tensor, Tensor],
+        weights: Branches,
         images: Tensor,
         texts: Tensor,
-        keep: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
+        keep: Branches | tuple[None, None] = (None, None),
     ) -> Tensor:
         """[..., B, C]."""
         x, y = self.embed(weights, images, texts, keep)

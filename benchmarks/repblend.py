@@ -4,8 +4,9 @@
 
 Both have M = 99 pairs, T = 8 inner steps of b = 20, and the truncated gradient of lightning_t2i/trajectory_matching.py.
 The encoder is a ViT-S/16 at 112 pixels of random weights (22 M parameters, 1.1 GMAC a picture); texts have 768 numbers.
-"heads" encodes each picture once and takes one gradient to pixels; "chunks" encodes 16 at a time, and again on the way
-back. "encoder" differentiates all of the encoder's weights twice in every inner step.
+"heads" encodes each picture once and takes one gradient to pixels; "most" keeps the activations of 66 pictures and
+encodes the others again on the way back, 16 at a time; "chunks" all of them. "encoder" differentiates all of the
+encoder's weights twice in every inner step.
 
 Operations and bytes at the peak (of tensors alive beyond the weights) are counted on tensors without data, by an
 allocator that watches every operation (lightning_t2i/preflight/allocator.py). Times are the processor's, of one thread.
@@ -24,23 +25,23 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import normalize
-from torch.utils.checkpoint import checkpoint
 
 from lightning_t2i.blending import Blending, Plan
 from lightning_t2i.cli.session import quiet
 from lightning_t2i.keys import Keys
+from lightning_t2i.networks.frozen_pair import encoded
 from lightning_t2i.networks.nfnet import NFNet
 from lightning_t2i.networks.projection import Branches, Head, Student, each
 from lightning_t2i.preflight.allocator import Allocator
 from lightning_t2i.soft_contrast import similarity, wbce
 from lightning_t2i.trajectory_matching import Segment, tesla
 
-WAYS = ("encoder", "heads", "chunks")
+WAYS = ("encoder", "heads", "most", "chunks")
 TEXT, CHUNK, RANK, ALPHA, TEMPERATURE = 768, 16, 10, 3.0, 0.07
 
 
 class Vision(nn.Module):
-    """A ViT of random weights whose attention can be differentiated twice: pictures -> vectors [B, width]."""
+    """A ViT of random weights: pictures -> vectors [B, width]."""
 
     def __init__(self, width: int, layers: int, heads: int, size: int):
         super().__init__()
@@ -49,9 +50,13 @@ class Vision(nn.Module):
         self.width, self.size = width, size
         config = CLIPVisionConfig(
             hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads,
-            image_size=size, patch_size=16, hidden_act="gelu", attn_implementation="eager",
+            image_size=size, patch_size=16, hidden_act="gelu",
         )  # fmt: skip
         self.network = CLIPVisionModel(config)
+
+    def attend(self, way: str) -> None:
+        """Attention by "sdpa", or "eager", which can be differentiated twice."""
+        self.network.set_attn_implementation(way)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.network(pixels).pooler_output
@@ -81,21 +86,18 @@ class Contest:
 
     def iteration(self, way: str) -> list[Tensor]:
         """Gradients to pixels, texts and factors."""
-        return self.whole() if way == "encoder" else self.heads(CHUNK if way == "chunks" else None)
+        if way == "encoder":
+            return self.whole()
+        return self.heads(None if way == "heads" else CHUNK, 2 * self.pairs // 3 if way == "most" else 0)
 
     def _segment(self, kind: str) -> Segment:
         start = self.starts[kind]
         return Segment((start[0], start[1]), (start[0] + 1e-3, start[1] + 1e-3))
 
-    def heads(self, chunk: int | None) -> list[Tensor]:
-        for parameter in self.encoder.parameters():
-            parameter.requires_grad_(False)
+    def heads(self, chunk: int | None, kept: int) -> list[Tensor]:
+        self.encoder.requires_grad_(False).attend("sdpa")
         pixels = self.pixels.clone().requires_grad_()
-        parts = pixels[self.plan.used].split(chunk or self.pairs)
-        encoded = [
-            self.encoder(p) if chunk is None else checkpoint(self.encoder, p, use_reentrant=False) for p in parts
-        ]
-        features = torch.cat(encoded)
+        features = encoded(self.encoder, pixels[self.plan.used], chunk, kept)
         leaves = [t.detach().requires_grad_() for t in (features, *self.rest)]
 
         def step(k: int, theta: Branches) -> Tensor:
@@ -109,6 +111,7 @@ class Contest:
         return [gradient, *found[1:]]
 
     def whole(self) -> list[Tensor]:
+        self.encoder.attend("eager")
         leaves = [t.clone().requires_grad_() for t in (self.pixels, *self.rest)]
 
         def step(k: int, theta: Branches) -> Tensor:

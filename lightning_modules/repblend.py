@@ -34,7 +34,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from lightning_modules.experts import Course, Recipe, Trajectories, trained
 from lightning_t2i import coresets
@@ -43,7 +42,7 @@ from lightning_t2i.blending import Blending, Plan
 from lightning_t2i.errors import UserError
 from lightning_t2i.keys import Keys
 from lightning_t2i.measured_set import MeasuredSet
-from lightning_t2i.networks.frozen_pair import Encoders, facts_of
+from lightning_t2i.networks.frozen_pair import Encoders, encoded, facts_of
 from lightning_t2i.networks.projection import Branches
 from lightning_t2i.networks.tensors import Tensors
 from lightning_t2i.options import GroupOptions, MethodOptions
@@ -83,7 +82,8 @@ class RepBlend(MeasuredSet):
         max_start: s is below it.
         rate, floor: initial eta, and its least value.
         replay: take the dropout of pass 1 again in pass 2.
-        chunk: encode so many pictures at a time, and again in the backward pass, to save memory.
+        chunk: encode so many pictures at a time, and again in the backward pass; null keeps all activations.
+        kept: pictures whose activations are kept all the same.
         protocol: how validation and test train new students on the set.
         images, texts, rates, similarity: how X, Y, eta and S are updated.
         common: options of the engine.
@@ -112,6 +112,7 @@ class RepBlend(MeasuredSet):
         floor: float = 1e-3,
         replay: bool = True,
         chunk: int | None = None,
+        kept: int = 0,
         protocol: Protocol | None = None,
         images: GroupOptions | None = None,
         texts: GroupOptions | None = None,
@@ -139,7 +140,8 @@ class RepBlend(MeasuredSet):
             blending or Blending(),
             protocol or Protocol(),
         )
-        self.gradient, self.merged, self.replay, self.chunk = gradient, merged, replay, chunk
+        self.gradient, self.merged, self.replay = gradient, merged, replay
+        self.chunk, self.kept = chunk, kept
         self.inner_steps, self.inner_batch, self.rate, self.floor = inner_steps, inner_batch, rate, floor
         self.expert_epochs, self.max_start = expert_epochs, max_start
         given = dict(zip(GROUPS, (images, texts, rates, similarity), strict=True))
@@ -217,7 +219,7 @@ class RepBlend(MeasuredSet):
         plan = Plan.draw(self.keys, f"inner/{index}", self.pairs, self.inner_steps, self.inner_batch, self.blending,
                          self.device)  # fmt: skip
         pixels, vectors, eta, *factors = self.tensors()
-        features = self.encode(pixels[plan.used])
+        features = encoded(self.image, pixels[plan.used], self.chunk, self.kept)
         inputs = [features, vectors, *factors]
         leaves = [t.detach().requires_grad_() for t in inputs]
         found = self.matched(leaves, eta, self.segment(index), plan)
@@ -234,12 +236,6 @@ class RepBlend(MeasuredSet):
         order = Keys(self.common.seed).fork("order").at(round_).uniform("", torch.arange(len(self.trajectories)))
         start = int(self.keys.integers("start", torch.tensor([index]), 0, self.max_start))
         return self.trajectories.segment(int(order.argsort()[place]), start, self.expert_epochs, self.device)
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """f [U, d] of pictures, with their gradient."""
-        if self.chunk is None:
-            return self.image(pixels)
-        return torch.cat([checkpoint(self.image, part, use_reentrant=False) for part in pixels.split(self.chunk)])
 
     def matched(self, leaves: list[Tensor], eta: Tensor, segment: Segment, plan: Plan) -> Matched:
         """J and its gradients at leaves (f of the used pictures, Y, the factors of S) and at eta."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_t2i import rank0
 from lightning_t2i.errors import UserError
@@ -91,6 +92,20 @@ def _nfnet(weights: str | None) -> tuple[NFNet, str]:
             raise UserError("The file holds another network", where="model.image_weights", given=given)
         network.load_state_dict(found)
     return network, rank0.agreed(lambda: f"{file.name}:{file.stat().st_size}")
+
+
+def encoded(encoder: nn.Module, pixels: Tensor, chunk: int | None = None, kept: int = 0) -> Tensor:
+    """Features of pictures, with their gradient.
+
+    Args:
+        chunk: pictures at a time that are encoded again in the backward pass; None keeps all activations.
+        kept: pictures whose activations are kept all the same.
+    """
+    if chunk is None:
+        return encoder(pixels)
+    parts = [encoder(pixels[:kept])] if kept else []
+    rest = pixels[kept:].split(chunk) if len(pixels) > kept else ()
+    return torch.cat([*parts, *(checkpoint(encoder, part, use_reentrant=False) for part in rest)])
 
 
 class FrozenTexts(nn.Module):

@@ -28,6 +28,7 @@ from lightning_t2i.frozen import weights_hash
 from lightning_t2i.keys import Keys
 from lightning_t2i.metrics.collapse import collapse, concentration, gap, intra, stripes, threshold
 from lightning_t2i.metrics.retrieval import RetrievalRecall
+from lightning_t2i.networks.frozen_pair import encoded
 from lightning_t2i.networks.nfnet import NFNet
 from lightning_t2i.networks.projection import Head, Student
 from lightning_t2i.options import MethodOptions
@@ -433,9 +434,9 @@ def test_one_and_two_processes_train_the_same_experts(tmp_path, ranks, mesh):
 # ---- P12: pixels -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk", [None, 3])
-def test_P12_the_pixels_gradient_is_that_of_an_encoder_in_every_step(tmp_path, chunk):
-    module = repblend(tmp_path, chunk=chunk)
+@pytest.mark.parametrize(("chunk", "kept"), [(None, 0), (3, 0), (3, 4), (3, 99)])
+def test_P12_the_pixels_gradient_is_that_of_an_encoder_in_every_step(tmp_path, chunk, kept):
+    module = repblend(tmp_path)
     module.configure_model()
     module.double()
     problem = Problem(blending=Blending())
@@ -444,7 +445,7 @@ def test_P12_the_pixels_gradient_is_that_of_an_encoder_in_every_step(tmp_path, c
     start = tuple(w[0].double() for w in student.initial(Keys(1), torch.tensor([0])))
     problem.segment = Segment(start, tuple(w + 0.01 for w in start))
     pixels = torch.randn(PAIRS, 3, SIDE, SIDE, dtype=torch.float64, requires_grad=True)
-    cached = module.encode(pixels)
+    cached = encoded(module.image, pixels, chunk, kept)
     leaves = [cached.detach().requires_grad_(), *problem.leaves[1:]]
     g = tesla(problem.loss(leaves), leaves, problem.rates, problem.segment, STEPS).gradients[0]
     (found,) = torch.autograd.grad((cached * g).sum(), pixels)
@@ -666,6 +667,19 @@ def test_rates_stay_above_their_floor(tmp_path):
     module = repblend(tmp_path, rate=0.01, floor=0.02)
     trained(tmp_path, module, 1)
     assert float(module.state_dict()["rates.eta"].min()) == pytest.approx(0.02)
+
+
+def test_encoding_again_changes_memory_alone(tmp_path, usual):
+    passes = []
+    for options in ({}, {"chunk": 3}, {"chunk": 3, "kept": 5}):
+        module = repblend(usual[0], **options)
+        module.configure_model()
+        seen: list[int] = []
+        module.image.register_forward_hook(lambda _, given, __, seen=seen: seen.append(len(given[0])))
+        trained(tmp_path, module, 1)
+        passes.append(seen[-4:])
+        torch.testing.assert_close(module.state_dict()["images.pixels"], usual[1]["images.pixels"])
+    assert passes[0] != passes[1] != passes[2]
 
 
 def test_the_width_of_the_heads_is_an_option(tmp_path):

@@ -1,7 +1,7 @@
 """RepBlend: distils an image-text set into a few synthetic pairs, with representation blending (arXiv 2505.14705).
 
     f = E(X)                      once a training step; E frozen, P_x, P_y trained heads          networks/projection.py
-    f~_i = lam f_i + (1 - lam) f_p(i),  y~ likewise with the same lam ~ Beta(a, a) and permutation p      blending, RB
+    f~_i = lam f_i + (1 - lam) f_p(i),  y~ likewise with the same lam ~ Beta(c, c) and permutation p      blending, RB
     l_ij = <P_x(f~_i), P_y(y~_j)> / tau
     S    = diag(a) + (alpha / r) L R^T                             similarity of picture i and text j; I at the start
     L    = 1/2 [mean of e over S > 1/2 + mean of e over the rest]                                      wBCE (2406.03793)
@@ -13,7 +13,7 @@
     X [M, 3, H, W]  synthetic pictures in [-1, 1] at the start;  Y [M, d']  vectors of the text encoder, no tokens
     theta           weights of both heads;   theta*_e   of an expert after epoch e (lightning_modules/experts.py)
     a [M], L, R [M, r]   factors of S;   alpha, r   their scale and rank;   tau   temperature
-    eta             learned rates of the inner loop;   T, b   `inner_steps`, `inner_batch`
+    eta             learned rates of the inner loop;   T, b, c   `inner_steps`, `inner_batch`, `blending.concentration`
 
 A training step is one iteration with one segment of an expert on each process and micro-batch; their gradients are
 averaged. The batches of the data module only beat time. Logged: J, image and text (its two parts), rate, similarity.
@@ -22,8 +22,9 @@ Predecessors are configs: blending none is LoRS with heads only (2406.03793); S 
 gradient MTT-VL (2308.07545); wBCE and tesla TESLA-VL (2211.10586). `initial` alone, untrained, is a coreset.
 
 Deviations: eta's gradient has J's own normaliser where the published code always takes the separate one; dropout of the
-second pass is that of the first (`replay` false draws it anew, as there); log sigmoid without 1e-6 (`epsilon`); eta is
-kept above a floor; X are scaled to [-1, 1] and not by CLIP's deviations, so rates for X are (2 x .27)^2 as large.
+second pass is that of the first (`replay` false draws it anew, as there); log sigmoid without 1e-6 (the objective
+wbce_epsilon has it); eta is kept above a floor; X are scaled to [-1, 1] and not by CLIP's deviations, so rates for X are
+(2 x .27)^2 as large.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Representation blending (arXiv 2505.14705), and the draws of an inner loop, which two passes share.
 
-    f~_i = lam f_i + (1 - lam) f_p(i),   y~_i = lam y_i + (1 - lam) y_p(i)        lam ~ Beta(a, a), p a permutation
+    f~_i = lam f_i + (1 - lam) f_p(i),   y~_i = lam y_i + (1 - lam) y_p(i)        lam ~ Beta(c, c), p a permutation
     noise of the same variance, for comparison: f_i + (1 - lam) sqrt(2) s eps_i    s: deviation in the batch
 
 The displacement (1 - lam) (f_p(i) - f_i) has variance 2 (1 - lam)^2 s^2, and so has that noise.
@@ -26,7 +26,7 @@ class Blending:
 
     Args:
         kind: blend rows, add noise of the blend's variance, or nothing.
-        concentration: a of Beta(a, a); the reference has 1, which is uniform.
+        concentration: c of Beta(c, c); the reference has 1, which is uniform.
         each: draw lam for each row, not once for the batch.
         branches: which modalities.
     """

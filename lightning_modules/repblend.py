@@ -23,8 +23,8 @@ gradient MTT-VL (2308.07545); wBCE and tesla TESLA-VL (2211.10586). `initial` al
 
 Deviations: eta's gradient has J's own normaliser where the published code always takes the separate one; dropout of the
 second pass is that of the first (`replay` false draws it anew, as there); log sigmoid without 1e-6 (the objective
-wbce_epsilon has it); eta is kept above a floor; X are scaled to [-1, 1] and not by CLIP's deviations, so rates for X are
-(2 x .27)^2 as large.
+wbce_epsilon has it); eta is kept above a floor; X are scaled to [-1, 1] and not by CLIP's deviations, so rates for
+X are (2 x .27)^2 as large.
 """
 
 from __future__ import annotations

@@ -79,7 +79,8 @@ def matrix(quick: bool = False) -> Matrix:
         facts = {**limits, **students, "config": CONFIG, "kind": kind, "pairs": PAIRS, "other": kind == "random"}
         return Arm(kind, cells.coreset, facts, 1, "test", CORESET_S, ("experts",))
 
-    whole = {**limits, "config": CONFIG, "batch": 32, "epoch": 2 if quick else 16, "epochs": 1 if quick else 3,
+    whole: dict[str, Any] = {
+             **limits, "config": CONFIG, "batch": 32, "epoch": 2 if quick else 16, "epochs": 1 if quick else 3,
              "steps": 2 if quick else 30, "pairs": PAIRS, "rates": list(RATES), "inner_batch": 10, "rate": 0.1,
              "ours": "repblend"}  # fmt: skip
     identity = {**limits, **students, "of": "repblend", "identity": True}

@@ -55,7 +55,7 @@ def asymmetric(cell: Cell) -> Measured:
     keys = Keys(cell.seed).fork("asymmetric")
     theta = (whole.weights, whole.head.initial(keys, "text", torch.tensor([cell.seed]))[0])
     snapshots = [theta]
-    every = stream.load(range(len(stream)), 0).image
+    every: Any = stream.load(range(len(stream)), 0).image
     for step in range(options["epochs"] * options["epoch"]):
         rows = keys.at(step).integers("rows", torch.arange(options["batch"]), 0, len(features))
         at = each(lambda t: t.detach().requires_grad_(), theta)

@@ -185,7 +185,8 @@ def judged(cell: Cell, method: Any, world: World, pairs: TrainingSet) -> dict[st
     weights = trajectories.snapshot(0, trajectories.length - 1)
     drawn = coresets.drawn_pairs(min(500, len(world.train)), len(world.train), Keys(cell.seed).fork("judge"))
     real = method.student.embed(weights, world.train.images[world.train.owner[drawn]], world.train.texts[drawn])
-    found = collapse(*method.student.embed(weights, pairs.images, pairs.texts), threshold(*real))
+    x, y = method.student.embed(weights, pairs.images, pairs.texts)
+    found = collapse(x, y, threshold(*real))
     if pairs.factors:
         found["stripes"] = stripes(similarity(pairs.factors, pairs.alpha, torch.arange(len(pairs.texts))))
     return found

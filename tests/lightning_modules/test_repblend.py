@@ -675,7 +675,7 @@ def test_encoding_again_changes_memory_alone(tmp_path, usual):
         module = repblend(usual[0], **options)
         module.configure_model()
         seen: list[int] = []
-        module.image.register_forward_hook(lambda _, given, __, seen=seen: seen.append(len(given[0])))
+        module.image.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(len(given[0])))
         trained(tmp_path, module, 1)
         passes.append(sum(seen))
         torch.testing.assert_close(module.state_dict()["images.pixels"], usual[1]["images.pixels"])

@@ -82,8 +82,8 @@ class Plan:
         slots = torch.arange(batch)
         mixing = torch.stack([keys.uniform(f"{name}/blend/{k}", slots).argsort() for k in range(steps)])
         shares = torch.stack([blending.shares(keys, f"{name}/share/{k}", batch) for k in range(steps)])
-        tensors = (t.to(device) for t in (rows, used, place, shares, mixing))
-        return cls(*tensors, keys, name)
+        rows, used, place, shares, mixing = (t.to(device) for t in (rows, used, place, shares, mixing))
+        return cls(rows, used, place, shares, mixing, keys, name)
 
     def mixed(self, k: int, images: Tensor, texts: Tensor, blending: Blending) -> tuple[Tensor, Tensor]:
         """Features and text vectors of batch k, [b, d] and [b, d'], as the heads get them."""

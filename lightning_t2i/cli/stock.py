@@ -74,9 +74,9 @@ def read_stock(folder: Path, sampling: Mapping[str, Any] | None = None) -> Stock
     network = _network(folder, "")
     assert network is not None  # it has a config
     if network.kind == KIND:  # no network: factors of a similarity
-        lines = ["from pathlib import Path", "from lightning_t2i.synthetic_set import SyntheticSet", ""]
-        lines += ['pairs = SyntheticSet.load(Path("."))  # this folder', "print(pairs.images.shape, pairs.similarity)"]
-        return Stock(KIND, "lightning-t2i", "", [network], "\n".join(lines))
+        code = ["from pathlib import Path", "from lightning_t2i.synthetic_set import SyntheticSet", ""]
+        code += ['pairs = SyntheticSet.load(Path("."))  # this folder', "print(pairs.images.shape, pairs.similarity)"]
+        return Stock(KIND, "lightning-t2i", "", [network], "\n".join(code))
     return Stock(network.kind, _library(network.kind), "", [network], _model(network.kind, config))
 
 

@@ -60,9 +60,9 @@ class FrozenImages(nn.Module):
             network, identity = _nfnet(weights)
             return cls(network, network.width), identity
         facts = read_json(source, "config.json", revision) or {}
-        ours = {"ShapesClassifier": ShapesClassifier, "PerceptualNetwork": PerceptualNetwork}
+        ours: dict[str, Any] = {"ShapesClassifier": ShapesClassifier, "PerceptualNetwork": PerceptualNetwork}
         if (kind := ours.get(facts.get("_class_name", ""))) is not None:
-            classifier: Any = kind.from_pretrained(source)
+            classifier = kind.from_pretrained(source)
             return cls(classifier, facts["widths"][-1]), classifier.identity
         tower = ImageTower.build(source, tokens=False, revision=revision)
         return cls(tower, tower.width), folder_identity(resolve(source), revision)

@@ -145,7 +145,8 @@ class Wukong(MethodModule):
             raise UserError("Not a text tower of this vocabulary", where="model.text", given=given, allowed=allowed)
         self.tokenize = ChineseTokenizer(self.tokenizer_source, text.max_position_embeddings)
         if self.tower is None:
-            self.add_frozen("image", image, folder_identity(resolve(self.image_source), self.revision))
+            dtype = torch.bfloat16 if self.common.precision == "bf16" else None
+            self.add_frozen("image", image, folder_identity(resolve(self.image_source), self.revision), dtype)
         else:
             self.add_group("image", image, self.tower)
         self.add_group("towers", towers, self.options)

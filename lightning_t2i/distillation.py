@@ -45,11 +45,12 @@ class Pipeline:
     classes: int
 
     @classmethod
-    def load(cls, source: str, revision: str | None = None, guidance: float = 1.0) -> Pipeline:
+    def load(cls, source: str, revision: str | None = None, guidance: float = 1.0, size: int | None = None) -> Pipeline:
         """Reads a pipeline folder or hub id, or the folder of a single network with a scheduler.
 
         Args:
             guidance: scale at which it will be asked, 1 is none.
+            size: side of its pictures in pixels; null is the size that the network was made for.
 
         Raises:
             UserError: there is none, it has parts that are not served, or it has no condition to be guided by.
@@ -63,7 +64,10 @@ class Pipeline:
         if guidance != 1 and text is None and not classes:
             what = "A teacher without a condition cannot be guided"
             raise UserError(what, where="model.guidance", given=guidance, fix="1.0")
-        shape = codec.latent_shape(config.sample_size * codec.factor)
+        if size is None and not hasattr(config, "sample_size"):
+            what, given = "This network has no size of its own", type(denoiser.backbone).__name__
+            raise UserError(what, where="model.size", given=given, fix="the side of its pictures in pixels")
+        shape = codec.latent_shape(size or config.sample_size * codec.factor)
         return cls(denoiser, codec, text, teacher_identity(source, revision), shape, classes)
 
     def trainable(self, gradient_checkpointing: bool = False) -> Denoiser:
@@ -107,20 +111,26 @@ class Pipeline:
         save_pipeline(folder, denoiser, self.codec, self.text, [t for t in times if t is not None])
 
 
-def refuse_foreign_pairs(pairs: Any, recipe: Callable[[], Mapping[str, Any]], shape: tuple[int, ...]) -> None:
+def refuse_foreign_pairs(
+    pairs: Any, recipe: Callable[[], Mapping[str, Any]], shape: tuple[int, ...], where: str = "data.pairs"
+) -> dict[str, Any]:
     """Refuses a stream that is not one of pairs, or whose pairs are not those of a teacher.
 
     Args:
         pairs: the stream `pairs` of the data, None if there is none.
         recipe: `Teacher.recipe` of the teacher, called on all processes; guidance and solver are not compared.
         shape: of one x0.
+        where: key of the stream in the config.
+
+    Returns:
+        What the pairs were made from: the recipe of their teacher, and their shape.
 
     Raises:
         UserError: names what differs.
     """
     if not hasattr(pairs, "kind"):
         given = "null" if pairs is None else type(pairs).__name__
-        raise UserError("This training needs the teacher's pairs", where="data.pairs", given=given, fix=PAIRS_FIX)
+        raise UserError("This training needs the teacher's pairs", where=where, given=given, fix=PAIRS_FIX)
     about = json.loads((resolve(pairs.source) / "dataset.json").read_text(encoding="utf-8"))
     with rank0.alone(True):  # it hashes the teacher's files
         ours = {**recipe(), "shape": tuple(shape)}
@@ -128,7 +138,8 @@ def refuse_foreign_pairs(pairs: Any, recipe: Callable[[], Mapping[str, Any]], sh
     for name in ("x0", "shape", "teacher", "process", "prediction"):
         if theirs[name] != ours[name]:
             what = f"The pairs are not those of this teacher: '{name}' differs"
-            raise UserError(what, where="data.pairs", given=theirs[name], allowed=str(ours[name]), fix=PAIRS_FIX)
+            raise UserError(what, where=where, given=theirs[name], allowed=str(ours[name]), fix=PAIRS_FIX)
+    return theirs
 
 
 def joined(parts: list[Inputs]) -> Inputs:
@@ -142,7 +153,7 @@ def picture_distance(kind: str, weights: str | None, resize: int | None) -> Any:
     """A frozen network d(x, y) [B] of pictures [B, 3, H, W] in [-1, 1], with its `identity`.
 
     Args:
-        kind: "perceptual", or "lpips" with VGG features and average pooling.
+        kind: "perceptual", or "lpips" with VGG features and average pooling, or "lpips_alex" with AlexNet's.
         weights: folder of a PerceptualNetwork, or safetensors file of LPIPS.
         resize: side to which LPIPS resizes pictures first; None keeps theirs.
 
@@ -153,4 +164,5 @@ def picture_distance(kind: str, weights: str | None, resize: int | None) -> Any:
         raise UserError("The metric has no weights", where="model.metric_weights", given="null")
     if kind == "perceptual":
         return PerceptualNetwork.from_pretrained(weights)
-    return LPIPS.from_file(weights, resize=resize, average_pool=True)
+    layout = "alex" if kind == "lpips_alex" else "vgg16"
+    return LPIPS.from_file(weights, layout, resize=resize, average_pool=layout == "vgg16")

@@ -53,6 +53,7 @@ class DualEncoderPipeline:
     @torch.no_grad()
     def similarity(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         """sI [N, M] and sT [M, N] of what `encode_image` and `encode_text` returned; see processes/similarity.py."""
+        images, texts = (features.to(self.towers.log_scale.device) for features in (images, texts))
         if images.ndim == 2:
             images, texts = images[:, None], texts[:, None]
         mask = texts.abs().amax(-1) > 0

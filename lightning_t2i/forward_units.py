@@ -4,13 +4,14 @@
     forward  1          its gradient adds 2 where the network has trained weights, 1 where the gradient only passes
 
 Two backward passes through one forward pass add their units twice. Passes are counted where a network's own forward is
-called: at its shard roots, and at encoder and decoder of an autoencoder, each under its own name. A pass that gradient
-checkpointing repeats inside a network is not seen.
+called: at its shard roots, and at encoder and decoder of an autoencoder, each under its own name; of networks that
+share a backbone, under that of the one that answers. A pass that gradient checkpointing repeats inside a network is not
+seen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -82,8 +83,9 @@ def counting_units(method: Any, flops: bool = False) -> Iterator[Units]:
     with ExitStack() as stack:
         operations = stack.enter_context(counting()) if flops else None
         for name, network in method.named_children():
+            mine = getattr(network, "answers", lambda: True)
             for part, module in counted_modules(network).items():
-                for handle in _watch(f"{name}{part}", module, units, operations):
+                for handle in _watch(f"{name}{part}", module, units, operations, mine):
                     stack.callback(handle.remove)
         begin = method._begin
 
@@ -96,7 +98,7 @@ def counting_units(method: Any, flops: bool = False) -> Iterator[Units]:
         yield units
 
 
-def _watch(name: str, module: nn.Module, units: Units, operations: Any) -> list[Any]:
+def _watch(name: str, module: nn.Module, units: Units, operations: Any, mine: Callable[[], bool]) -> list[Any]:
     """Hooks that book the passes of one module, and of the gradients that come back to it."""
     before: list[int] = []
 
@@ -106,6 +108,8 @@ def _watch(name: str, module: nn.Module, units: Units, operations: Any) -> list[
     def left(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         rows = next(len(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim() > 0)
         spent = before.pop()
+        if not mine():
+            return
         if operations is not None:
             units.flops[name] = (operations.total - spent) / rows
         units.passed[name] = units.passed.get(name, 0.0) + rows

@@ -81,10 +81,10 @@ class LAMB(torch.optim.Optimizer):
         state, gradient = self.state[parameter], parameter.grad
         assert gradient is not None
         if not state:
-            state["step"] = torch.zeros(())
+            state["step"] = 0
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         state["step"] += 1
-        (b1, b2), step = group["betas"], float(state["step"])
+        (b1, b2), step = group["betas"], state["step"]
         state["exp_avg"].lerp_(gradient, 1 - b1)
         state["exp_avg_sq"].mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
         root = (state["exp_avg_sq"].sqrt() / math.sqrt(1 - b2**step)).add_(group["eps"])

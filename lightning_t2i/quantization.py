@@ -69,8 +69,13 @@ def _quantized(linear: nn.Linear, kind: Bits) -> nn.Module:
 
 
 def refuse_quantized(name: str, network: nn.Module) -> None:
-    """Raises a UserError when a network that will be trained, or holds adapters that are, has quantised weights."""
-    if any(parameter.dtype in QUANTIZED for parameter in network.parameters()):
+    """Raises a UserError when a network that will be trained, or holds adapters that are, has quantised weights.
+
+    Roles of adapters say by `on_quantized` that theirs are meant for it.
+    """
+    if not getattr(network, "on_quantized", False) and any(
+        parameter.dtype in QUANTIZED for parameter in network.parameters()
+    ):
         raise UserError(
             f"'{name}' is trained in the backbone of a network that is quantised",
             where="model.common.quantize",

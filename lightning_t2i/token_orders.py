@@ -81,7 +81,7 @@ class MaskLaw:
         return ranked(keys.words("mask_order", positions, length)) < counts[:, None]
 
     def rows(self, batch: int, length: int) -> int:
-        """The most masked tokens that `batch` consecutive positions can have, where strata divide the batch.
+        """The most masked tokens that `batch` positions can have that follow a multiple of `batch`, as in all batches.
 
         The sum of f((j + U_j) / S) over a whole stratum, f monotone, differs from S times its mean by the width of its
         range at most. Positions that are no whole stratum count in full.

@@ -253,6 +253,7 @@ def copy_of_the_tree(folder: Path) -> Path:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("tests/lightning_modules", "docs/results", "docs/images"):
         (folder / name).mkdir(parents=True)
+    shutil.copytree(ROOT / "tests/helpers", folder / "tests/helpers", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("train.py", "pyproject.toml", "tests/conftest.py"):
         shutil.copy(ROOT / name, folder / name)
     return folder

@@ -32,6 +32,16 @@ HUB_NAMES = {
     "CreativeML OpenRAIL-M": "creativeml-openrail-m",
     "OpenRAIL++-M": "openrail++",
 }
+# The parts of a flow's folder with a scheduler of diffusers, which begins at .999 and not at 1.
+STOCK_FLOW = """from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPTextModel, CLIPTokenizer
+
+kinds = {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "tokenizer": CLIPTokenizer}
+parts = {name: kind.from_pretrained(folder, subfolder=name) for name, kind in kinds.items()}
+facts = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "solver_order": 1}
+scheduler, off = DPMSolverMultistepScheduler(**facts), {"safety_checker": None, "feature_extractor": None}
+pipeline = StableDiffusionPipeline(**parts, **off, scheduler=scheduler, requires_safety_checker=False)"""
 SCORES = ("val/", "eval/", "test/")
 GRID = "samples.png"
 
@@ -149,7 +159,13 @@ def networks_section(stock: Stock) -> str:
 
 
 def use_section(stock: Stock) -> str:
-    return f"## Use\n\nIn this folder:\n\n```python\n{stock.snippet}\n```"
+    said = f"## Use\n\nIn this folder:\n\n```python\n{stock.snippet}\n```"
+    if stock.code:
+        files = " and ".join(f"`{file}`" for file in stock.code)
+        said += f"\n\nThe folder brings code that no library has, {files}; `trust_remote_code` lets it be imported."
+    if stock.code == ["scheduler/flow_scheduler.py"]:
+        said += f" Without any code of the folder, nearly the same:\n\n```python\n{STOCK_FLOW}\n```"
+    return said
 
 
 def optional(title: str, rows: Sequence[Sequence[str]], head: Sequence[str]) -> str:

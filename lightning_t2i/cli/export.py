@@ -48,7 +48,7 @@ def export(request: Request) -> int:
     method.export(out, data.val_dataloader())
     sampling = {name: getattr(method, name, None) for name in ("steps", "guidance", "embedded_guidance")}
     if hasattr(method, "val_steps"):  # a student (protocols.Distils): `guidance` is its teacher's
-        sampling |= {"steps": sampling["steps"] or 1, "guidance": 1.0}
+        sampling |= {"steps": sampling["steps"] or 1, "guidance": getattr(method, "alpha", 1.0)}
     write_card(out, RunFacts.of(folder, method, state), sampling)
     print(f"exported {checkpoint} to {out}")
     return 0

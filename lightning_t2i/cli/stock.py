@@ -6,7 +6,7 @@ import inspect
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors import safe_open
 from lightning_t2i.dual_encoder_pipeline import FACTS
 from lightning_t2i.errors import UserError
 from lightning_t2i.networks import load
+from lightning_t2i.shipped import shipped
 from lightning_t2i.synthetic_set import KIND
 
 # Networks of this repository that are written as folders of their own: class -> module.
@@ -42,13 +43,15 @@ class Network:
 
 @dataclass(frozen=True)
 class Stock:
-    """kind: class of the pipeline or model; library: package that has it; task: what the hub calls its use, or ""."""
+    """kind: class of the pipeline or model; library: package that has it; task: what the hub calls its use, or "";
+    code: files of code that the folder brings along."""
 
     kind: str
     library: str
     task: str
     networks: list[Network]
     snippet: str
+    code: list[str] = field(default_factory=list)
 
 
 def read_stock(folder: Path, sampling: Mapping[str, Any] | None = None) -> Stock:
@@ -68,7 +71,8 @@ def read_stock(folder: Path, sampling: Mapping[str, Any] | None = None) -> Stock
         networks = [found for name in parts if (found := _network(folder, name)) is not None]
         kind = index["_class_name"]
         lines, task = _pipeline(folder, kind, dict(sampling or {}))
-        return Stock(kind, "lightning-t2i" if kind in PIPELINES else "diffusers", task, networks, lines)
+        library = "lightning-t2i" if kind in PIPELINES else "diffusers"
+        return Stock(kind, library, task, networks, lines, shipped(folder))
     if not config:
         raise UserError("Not a model folder", where=str(folder), allowed="model_index.json or config.json")
     network = _network(folder, "")
@@ -163,7 +167,9 @@ def _pipeline(folder: Path, kind: str, sampling: dict[str, Any]) -> tuple[str, s
             given["max_sequence_length"] = length
     words = ", ".join(f"{name}={value!r}" for name, value in given.items())
     lines = ["import torch", f"from diffusers import {kind}", "", 'folder = "."  # this folder']
-    lines += [f"pipeline = {kind}.from_pretrained(folder, dtype=torch.float32)", f"image = pipeline({words}).images[0]"]
+    trusted = ", trust_remote_code=True" if shipped(folder) else ""
+    lines += [f"pipeline = {kind}.from_pretrained(folder, dtype=torch.float32{trusted})"]
+    lines += [f"image = pipeline({words}).images[0]"]
     return "\n".join(lines), "text-to-image" if "prompt" in asked else "unconditional-image-generation"
 
 

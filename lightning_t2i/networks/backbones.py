@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_t2i.batch import Cond
+from lightning_t2i.errors import UserError
 
+LAST = ("conv_out", "proj_out", "out_conv")  # names of the last layer
 Adapter = Callable[[nn.Module, Tensor, Tensor, Cond | None], Tensor]
 
 
@@ -138,3 +140,17 @@ def adapter_for(backbone: nn.Module) -> Adapter:
         if cls.__name__ in ADAPTERS:
             return ADAPTERS[cls.__name__]
     return _call_plain
+
+
+@torch.no_grad()
+def negate_output(backbone: nn.Module) -> None:
+    """Turns the sign of a network's output, by its last layer.
+
+    Raises:
+        UserError: it is not known by name.
+    """
+    last = next((m for name in LAST if (m := getattr(backbone, name, None)) is not None), None)
+    if last is None:
+        raise UserError("The last layer of this network is not known", given=type(backbone).__name__, allowed=LAST)
+    for parameter in last.parameters():
+        parameter.neg_()

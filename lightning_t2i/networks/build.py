@@ -63,17 +63,31 @@ def text_encoder_of(
     return TextEncoder(**parts)
 
 
-def add_adapters(backbone: nn.Module, rank: int, targets: tuple[str, ...] = ATTENTION, name: str = "default") -> None:
+def add_adapters(
+    backbone: nn.Module,
+    rank: int,
+    targets: Sequence[str] = ATTENTION,
+    name: str = "default",
+    alpha: float | None = None,
+) -> None:
     """Freezes a diffusers backbone and adds trainable low-rank adapters (LoRA, arXiv 2106.09685).
 
     Args:
-        rank: rank r of B A; the update is scaled by alpha / r with alpha = r.
+        rank: rank r of B A; the update is scaled by alpha / r.
         targets: layer names, by default the projections of every attention.
+        alpha: None is r.
+
+    Raises:
+        UserError: the backbone has none of these layers.
     """
     from peft import LoraConfig
 
     backbone.requires_grad_(False)
-    backbone.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), adapter_name=name)
+    config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=list(targets))
+    try:
+        backbone.add_adapter(config, adapter_name=name)
+    except ValueError as error:  # PEFT's, whose message names its own options
+        raise UserError("Adapters do not fit this backbone", where="lora", given=targets, fix=str(error)) from error
 
 
 def save_pipeline(

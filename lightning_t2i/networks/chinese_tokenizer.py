@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_t2i.networks.load import locate
@@ -34,8 +33,10 @@ class ChineseTokenizer:
         """Ids int64 [B, L], 0 behind the text; L is that of the longest text, or `length` with `full`."""
         padding = "max_length" if full else "longest"
         plain = [text.translate(CURLY) for text in texts]
-        found = self.inner(plain, padding=padding, max_length=self.length, truncation=True)
-        return torch.tensor(found["input_ids"])
+        found: Tensor = self.inner(
+            plain, padding=padding, max_length=self.length, truncation=True, return_tensors="pt"
+        )["input_ids"]
+        return found
 
     def save(self, folder: Path) -> None:
         """Writes the tokenizer's files, as `BertTokenizer.from_pretrained` reads them."""

@@ -73,20 +73,28 @@ class DualEncoder(nn.Module):
             vectors: of the image tower [B, n, image_width].
             ids: token ids [B, L], 0 for pads.
         """
-        texts, mask = self.encode_text(ids)
+        texts, mask = self._text(ids)
         bias = torch.zeros_like(self.log_scale) if self.bias is None else self.bias
-        return self.encode_image(vectors), texts, mask, self.log_scale.float().exp(), bias.float()
+        return self._image(vectors), texts, mask, self.log_scale.float().exp(), bias.float()
 
+    # A sharded root gathers its weights for each method that is called from outside, and gives them back after it:
+    # `forward` calls what these two are made of.
     def encode_image(self, vectors: Tensor) -> Tensor:
         """Vectors of the image tower [B, n, image_width] -> unit tokens [B, n1, D]."""
-        x = self.image_projection(vectors.to(self.image_projection.weight.dtype))
-        return normalize(x if self.reduction is None else self.reduction(x), dim=-1)
+        return self._image(vectors)
 
     def encode_text(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Unit tokens [B, n2, D] and which of them count, bool [B, n2]; [CLS] and [SEP] do. Style g has that of [SEP].
 
         What stands behind a token does not change it, so pads need no mask in the tower.
         """
+        return self._text(ids)
+
+    def _image(self, vectors: Tensor) -> Tensor:
+        x = self.image_projection(vectors.to(self.image_projection.weight.dtype))
+        return normalize(x if self.reduction is None else self.reduction(x), dim=-1)
+
+    def _text(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         states, mask = self.text(input_ids=ids).last_hidden_state, ids > 0
         if not self.tokens:
             last = mask.sum(1) - 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_t2i.errors import UserError
@@ -49,8 +48,6 @@ class ImageTower(nn.Module):
         self._no_split_modules = held._no_split_modules
         self.is_vit = type(held).__name__ == "CLIPVisionModel"
         self.normalise = normalise or (CLIP_PIXELS if self.is_vit else IMAGENET_PIXELS)
-        for name, values in zip(("mean", "deviation"), self.normalise, strict=True):
-            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
         self.width, self.size = int(held.config.hidden_size), int(held.config.image_size)
         self.projection = projection
 
@@ -83,7 +80,8 @@ class ImageTower(nn.Module):
                 given=f"{images.shape[-2]} x {images.shape[-1]}", allowed=f"{self.size} x {self.size}",
             )  # fmt: skip
         weight = next(self.backbone.parameters())
-        pixels = ((images + 1) / 2 - self.mean.to(images)) / self.deviation.to(images)
+        mean, deviation = (images.new_tensor(values).view(1, 3, 1, 1) for values in self.normalise)
+        pixels = ((images + 1) / 2 - mean) / deviation
         states = self.backbone(pixels.to(weight.dtype)).last_hidden_state
         if not self.is_vit:
             return states if self.tokens else states.mean(1, keepdim=True)

@@ -24,6 +24,7 @@ OURS = {
     "SongUNet": "lightning_t2i.networks.edm_unets",
     "DhariwalUNet": "lightning_t2i.networks.edm_unets",
     "MLP": "lightning_t2i.networks.mlp",
+    "StackedUNet": "lightning_t2i.networks.stacked_unet",
     "TokenTransformer": "lightning_t2i.networks.token_transformer",
 }
 

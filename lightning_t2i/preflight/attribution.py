@@ -30,7 +30,8 @@ def owners(method: Any) -> dict[str, nn.Module]:
 def attributing(method: Any, allocator: Allocator) -> Iterator[None]:
     """Tells the allocator whose forward or backward pass runs.
 
-    A backward pass belongs to the network whose output got its gradient last, recomputed passes too.
+    A backward pass belongs to the network whose output got its gradient last, recomputed passes too. Networks with
+    other entries than `forward` are known by all of their parts.
     """
     outer: list[str] = []
     with ExitStack() as stack:
@@ -42,13 +43,16 @@ def attributing(method: Any, allocator: Allocator) -> Iterator[None]:
 
             def left(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
                 allocator.owner = outer.pop()
+                if allocator.owner == name:
+                    return
                 leaves = tree_leaves(dict(output) if isinstance(output, dict) else output)
                 results = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
                 if results:
                     register_multi_grad_hook(results, lambda _: setattr(allocator, "owner", name), mode="any")
 
-            stack.callback(module.register_forward_pre_hook(entered).remove)
-            stack.callback(module.register_forward_hook(left).remove)
+            for part in module.modules() if hasattr(module, "shard_forward_methods") else (module,):
+                stack.callback(part.register_forward_pre_hook(entered).remove)
+                stack.callback(part.register_forward_hook(left).remove)
         yield
 
 

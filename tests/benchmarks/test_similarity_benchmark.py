@@ -28,4 +28,13 @@ def test_tables_are_whole() -> None:
     found = similarity.measure(quick=True)
     for table in found["tables"]:
         assert table["rows"] and all(len(row) == len(table["columns"]) for row in table["rows"])
-    assert found["tables"][2]["rows"][0][3] > 0
+    (row,) = found["tables"][2]["rows"]
+    assert 0 < row[3] < row[4]
+
+
+def test_a_search_stays_below_its_bound_whatever_the_sizes() -> None:
+    few, many = (similarity.retrieval_rows([(n, 300, 4)])[0] for n in (512, 1536))
+    assert few[3] < few[4] and many[3] < many[4]
+    slope = (many[3] - few[3]) * 1e6 / 1024  # bytes of a picture more
+    assert slope < 240
+    assert similarity.bound(30_000, 5000, 49) < 1e9 / 20 and similarity.bound(30_000, 5000, 256) < 1e9 / 10

@@ -1,4 +1,7 @@
-"""What the server of programs.py imports before it forks: all that a training imports. Nothing here computes."""
+"""What the server of programs.py imports before it forks: all that a training imports but W&B. Nothing here computes.
+
+W&B makes a folder for pictures when it is imported, which the first program to end would remove for all.
+"""
 
 import gc
 import importlib
@@ -16,7 +19,6 @@ for name in (
     "torch.distributed.tensor",
     "transformers.models.clip.modeling_clip",
     "transformers.models.t5.modeling_t5",
-    "wandb",
 ):
     importlib.import_module(name)
 gc.freeze()

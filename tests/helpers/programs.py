@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
@@ -45,6 +46,8 @@ def _begin(script: str, arguments: list[str], settings: dict[str, Any]) -> None:
     from lightning.fabric.strategies.launchers import subprocess_script as of_fabric
     from lightning.pytorch.strategies.launchers import subprocess_script as of_lightning
 
+    for finalizer in weakref.finalize._registry:
+        finalizer.atexit = False  # what modules made while they were imported is the server's
     forkserver._forkserver.ensure_running = lambda: None  # the one that this process comes from serves it as well
     for launcher in (of_fabric, of_lightning):  # of the other processes of a training
         launcher.subprocess = sys.modules[__name__]
@@ -109,6 +112,8 @@ class Popen:
     def communicate(self, timeout: float | None = None) -> tuple[str | None, str | None]:
         self.wait(timeout)
         out, err = (piped and piped.read() for piped in self._piped)
+        for piped in filter(None, self._piped):
+            piped.close()
         return out, err
 
     def send_signal(self, number: int) -> None:

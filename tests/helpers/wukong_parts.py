@@ -57,7 +57,9 @@ def wukong(
 ) -> Any:
     """The built method, on a locked random tower; style f unless told."""
     name = "swin" if facts is SWIN else "image"
-    given = {"style": "f", "width": 8, "reduced": 3, "image": image_folder(folder, facts, name), **options}
+    given = {"style": "f", "width": 8, "reduced": 3, **options}
+    if "image" not in given:
+        given["image"] = image_folder(folder, facts, name)
     module = Wukong(text=text_file(folder, **(text or {})), **given)
     module.configure_model()
     return module

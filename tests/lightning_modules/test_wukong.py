@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from lightning_modules.wukong import Wukong
 from lightning_t2i.cli.configs import merge
 from lightning_t2i.dual_encoder_pipeline import DualEncoderPipeline
 from lightning_t2i.errors import UserError
+from lightning_t2i.forward_units import counting_units, differences
 from lightning_t2i.frozen import weights_hash
 from lightning_t2i.networks.dual_encoder import DualEncoder
 from lightning_t2i.networks.image_tower import ImageTower
@@ -36,8 +36,10 @@ from lightning_t2i.networks.load import build_network
 from lightning_t2i.networks.token_reduction import GroupedLinear, TokenReduction
 from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions
 from lightning_t2i.paths import ROOT
+from lightning_t2i.preflight.rehearsal import kinds_of_steps
 from lightning_t2i.processes.similarity import contrastive_loss, strips, token_similarity
 from lightning_t2i.protocols import Embeds, Exports
+from lightning_t2i.state_io import AtomicCheckpointIO
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .* does not have many workers")
 A = torch.tensor(10.0, dtype=torch.float64)
@@ -210,8 +212,8 @@ def test_P6_no_selection_is_the_mean_of_the_values():
 def test_P6_parameters_are_counted(count, size):
     layer = TokenReduction(256, count)
     assert sum(p.numel() for p in layer.parameters()) == size == 65536 // 8 * 2 + 256 * count + 512
-    assert float(layer.mix.weight.std()) == pytest.approx((2 / 256) ** 0.5, rel=0.05)
-    assert float(layer.select.weight.std()) == pytest.approx((2 / count) ** 0.5, rel=0.05)
+    assert layer.mix.weight.std().item() == pytest.approx((2 / 256) ** 0.5, rel=0.05)
+    assert layer.select.weight.std().item() == pytest.approx((2 / count) ** 0.5, rel=0.05)
 
 
 def test_P6_grouped_linear_is_the_grouped_convolution():
@@ -262,7 +264,7 @@ def test_P7_weights_begin_as_clips(tmp_path):
         layer.self_attn.q_proj: 64**-0.5, layer.self_attn.out_proj: 64**-0.5 * 4**-0.5,
         layer.mlp.fc1: 128**-0.5, layer.mlp.fc2: 64**-0.5 * 4**-0.5,
     }  # fmt: skip
-    assert {m: float(m.weight.std()) for m in deviations} == pytest.approx(deviations, rel=0.1)
+    assert {m: m.weight.std().item() for m in deviations} == pytest.approx(deviations, rel=0.1)
 
 
 # ---- P8: processes and micro-batches ---------------------------------------------------------------------------------
@@ -272,17 +274,16 @@ def gradients_of(module: Wukong) -> list[torch.Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in module.groups["towers"].parameters]
 
 
-def half(rank: int, style: str, objective: str) -> list[torch.Tensor]:
-    sys.path.append(str(Path(__file__).resolve().parents[1] / "helpers"))
-    return shared(rank, 2, style, objective)
+def half(rank: int, image: str, style: str, objective: str) -> list[torch.Tensor]:
+    return shared(rank, 2, image, style, objective)
 
 
-def shared(rank: int, world: int, style: str, objective: str) -> list[torch.Tensor]:
+def shared(rank: int, world: int, image: str, style: str, objective: str) -> list[torch.Tensor]:
     """Loss and gradients for eight pairs, each process with its share, averaged over processes."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        module = wukong(Path(folder), style=style, objective=objective).double()
+        module = wukong(Path(folder), image=image, style=style, objective=objective).double()
     main = chinese(8 // world * rank, 8 // world)
     Wukong.global_rank = property(lambda self: rank)
     ids = module.tokenize(main.caption, full=True)
@@ -299,11 +300,12 @@ def shared(rank: int, world: int, style: str, objective: str) -> list[torch.Tens
 @pytest.mark.parametrize(
     ("style", "objective"), [("g", "softmax"), ("f", "softmax"), ("r", "softmax"), ("f", "sigmoid")]
 )
-def test_P8_two_processes_have_the_loss_and_gradients_of_one(ranks, monkeypatch, style, objective):
+def test_P8_two_processes_have_the_loss_and_gradients_of_one(ranks, tmp_path, monkeypatch, style, objective):
     monkeypatch.setattr(Wukong, "global_rank", 0)
-    whole = shared(0, 1, style, objective)
+    image = image_folder(tmp_path)
+    whole = shared(0, 1, image, style, objective)
     assert any(float(g.abs().max()) > 0 for g in whole[1:])
-    for found in ranks(half, style, objective):
+    for found in ranks(half, image, style, objective):
         for a, b in zip(whole, found, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
@@ -366,9 +368,9 @@ def test_P8_the_logged_loss_is_that_of_the_large_batch(tmp_path):
 def test_P8_the_scale_stays_in_its_range(tmp_path):
     for start, sign, end in ((99.0, -1.0, math.log(100)), (1.1, 1.0, 0.0)):
         module = wukong(tmp_path, scale=start, towers=plain(50.0))
-        module.loss = lambda features, sign=sign: (sign * features[3].mean(), {})
+        module.cached.loss = lambda features, sign=sign: (sign * features[3].mean(), {})
         trained(tmp_path, module, 1)
-        assert float(module.towers.log_scale) == pytest.approx(end)
+        assert module.towers.log_scale.item() == pytest.approx(end)
 
 
 # ---- P9: locked ------------------------------------------------------------------------------------------------------
@@ -384,7 +386,7 @@ def test_P9_a_locked_tower_never_changes(tmp_path, facts):
     assert weights_hash(module.image) == before
     assert all(p.grad is None and not p.requires_grad for p in module.image.parameters())
     trainer.save_checkpoint(tmp_path / "c.ckpt", False)
-    state = torch.load(tmp_path / "c.ckpt", weights_only=True)
+    state = AtomicCheckpointIO().load_checkpoint(tmp_path / "c.ckpt")
     names = [*state["state_dict"], *state["t2i"]["groups"]["towers"]["states"]]
     assert names and not any("backbone" in name for name in names)
     assert not module.vectors(chinese(0, 2)).requires_grad
@@ -404,7 +406,7 @@ def test_P9_activations_do_not_depend_on_the_depth_of_a_locked_tower(tmp_path):
 def test_P9_a_checkpoint_without_the_tower_loads_on_the_same_one_and_on_no_other(tmp_path):
     module = wukong(tmp_path, towers=GroupOptions(adam(1e-2)))
     trained(tmp_path, module, 2).save_checkpoint(tmp_path / "c.ckpt", False)
-    state = torch.load(tmp_path / "c.ckpt", weights_only=True)
+    state = AtomicCheckpointIO().load_checkpoint(tmp_path / "c.ckpt")
     again = wukong(tmp_path)
     again.on_load_checkpoint(state)
     again.load_state_dict(state["state_dict"])
@@ -433,6 +435,9 @@ def test_P9_the_stage_switch_unlocks_the_tower(tmp_path):
     start = wukong(tmp_path)
     assert hashes[0] == weights_hash(start.image) != hashes[1]
     assert module.groups["image"].updates == 2
+    assert kinds_of_steps(module, 4) == [(0, 0.5), (2, 0.5)]  # what `check` rehearses
+    with pytest.raises(UserError, match="begin at 0"):
+        plain(start=-1)
 
 
 # ---- P10 -------------------------------------------------------------------------------------------------------------
@@ -445,6 +450,15 @@ def test_P10_the_gradient_of_the_scale_is_that_of_the_softmax(tmp_path):
     a = log.detach().exp()
     terms = [((a * s).softmax(1) * s).sum(1).mean() - s.diagonal().mean() for s in (there, back)]
     torch.testing.assert_close(log.grad, a * sum(terms) / 2)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("tower", [None, plain()], ids=["locked", "open"])
+def test_forward_units(tmp_path, count, tower):
+    module = wukong(tmp_path, tower=tower, towers=plain(), common=MethodOptions(accumulate=count))
+    with counting_units(module) as units:
+        trained(tmp_path, module, 2)
+    assert differences(module.forward_units(), units.per_step()) == {}
 
 
 # ---- options, data, exports, errors ----------------------------------------------------------------------------------
@@ -469,7 +483,7 @@ def test_it_learns_which_text_belongs_to_which_picture(tmp_path, style):
 @pytest.mark.parametrize(
     "option",
     [
-        {"pad": "zero_floor"}, {"objective": "sigmoid"}, {"top_image": 0.5}, {"top_text": 0.5}, {"smoothing": 0.2},
+        {"pad": "zero_floor"}, {"objective": "sigmoid"}, {"top_image": 0.5}, {"top_text": 0.125}, {"smoothing": 0.2},
         {"scale": 50.0}, {"objective": "sigmoid", "bias": 0.0},
     ],
     ids=str,
@@ -591,7 +605,7 @@ def test_a_training_goes_on_from_an_export(tmp_path):
     options = {"image": str(tmp_path / "out"), "text": str(tmp_path / "out"), "style": "r", "width": 8}
     again = Wukong(**options, reduced=3, tower=plain())
     again.configure_model()
-    assert float(again.towers.log_scale) == 1.5
+    assert again.towers.log_scale.item() == 1.5
     torch.testing.assert_close(again.encode_text(["猫"]), module.encode_text(["猫"]))
     torch.testing.assert_close(again.encode_image(chinese(0, 2).image), module.encode_image(chinese(0, 2).image))
     trained(tmp_path, again, 1)
@@ -633,7 +647,7 @@ def test_networks_that_do_not_fit_are_refused(tmp_path):
 
 # ---- paper scale -----------------------------------------------------------------------------------------------------
 
-# Parameters in millions of image and text side, each with its projection (spec, section 3; Swin-L's is a count of ours).
+# Parameters in millions of image and text side, each with its projection; Swin-L's is a count of ours.
 SIZES = {
     "vit_b32_g": ("clip_vit_b32", "wukong_text_512", 87.85, 48.93),
     "vit_b32_f": ("clip_vit_b32", "wukong_text_512", 87.65, 48.79),

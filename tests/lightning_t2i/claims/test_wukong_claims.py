@@ -9,6 +9,7 @@ from datamodules.worlds import shapes
 from datamodules.worlds.shapes_captions import short_chinese
 from datamodules.worlds.shapes_draw import png, render
 from lightning_t2i.claims import wukong_cells as cells
+from lightning_t2i.claims import wukong_knowledge as knowledge
 from lightning_t2i.claims.spec import Cell, Measured, Outcome, load
 from lightning_t2i.cli.restore import trained
 
@@ -37,17 +38,17 @@ def test_the_english_tower_sees_none_of_the_excluded_pictures(tmp_path) -> None:
 
 def test_swapped_scenes_differ_in_colours_alone() -> None:
     scene = next(s for i in range(200) if len((s := shapes.scene(0, "test", i))["ask"]) == 2)
-    other = cells.swapped(scene)
+    other = knowledge.swapped(scene)
     assert [o["shape"] for o in other["objects"]] == [o["shape"] for o in scene["objects"]]
     assert [o["colour"] for o in other["objects"]] == [o["colour"] for o in scene["objects"]][::-1]
-    assert short_chinese(other) != short_chinese(scene) and cells.swapped(other) == scene
+    assert short_chinese(other) != short_chinese(scene) and knowledge.swapped(other) == scene
 
 
 def test_patches_on_an_object() -> None:
-    assert cells.on_object([0, 0, 8, 8], 4, 32) == [True] + [False] * 15
-    found = cells.on_object([4, 8, 16, 16], 4, 32)
+    assert knowledge.on_object([0, 0, 8, 8], 4, 32) == [True] + [False] * 15
+    found = knowledge.on_object([4, 8, 16, 16], 4, 32)
     assert [i for i, on in enumerate(found) if on] == [4, 5]
-    assert sum(cells.on_object([7, 7, 9, 9], 4, 32)) == 0  # a corner of each
+    assert sum(knowledge.on_object([7, 7, 9, 9], 4, 32)) == 0  # a corner of each
 
 
 def test_the_ratio_of_two_losses(tmp_path) -> None:

@@ -1,0 +1,98 @@
+"""SwiftBrush's claims: the budget, what is compared with what, and each kind of cell on a training of a few steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_t2i.claims import swiftbrush as cells
+from lightning_t2i.claims.spec import Cell, Measured, Outcome, load
+
+SMALL = {
+    "data.main.batch_size": 4,
+    "data.val.batch_size": 4,
+    "data.test.batch_size": 4,
+    "trainer.max_steps": 8,
+    "trainer.limit_val_batches": 0,
+    "trainer.enable_progress_bar": False,
+    "samples.enabled": False,
+    "health.enabled": False,
+    "checkpoints.every": 8,
+    "model.common.log_every": 2,
+}
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_matrix_fits_its_budget_and_claims_what_the_spec_lists(quick: bool) -> None:
+    matrix = load("swiftbrush", quick)
+    assert matrix.seeds == (0, 1, 2)
+    assert {c.id[0] for c in matrix.claims} >= set("123457")
+    own = {c.arm for c in matrix.claims} | {c.baseline for c in matrix.claims if c.baseline}
+    needed = own | {after for arm in matrix.arms for after in arm.after}
+    assert needed == {arm.name for arm in matrix.arms}  # nothing is trained for nothing
+    minutes = sum(arm.seconds for arm in matrix.arms) * len(matrix.seeds) / 60
+    assert minutes <= (10 if quick else 60)
+    for claim in matrix.claims:
+        assert (claim.threshold is None) == (
+            claim.id.startswith(("versus", "cost")) or claim.id in ("1-score", "1-diversity")
+        )
+
+
+def test_distances_of_pictures_of_one_prompt() -> None:
+    features = torch.tensor([[[0.0, 0.0], [3.0, 4.0]], [[1.0, 1.0], [1.0, 2.0]]])
+    assert cells.pairwise(features) == pytest.approx((5 + 1) / 2)
+
+
+def test_the_way_from_one_step_to_many(tmp_path) -> None:
+    places = {}
+    for name, fd, score in (("teacher-1", 20.0, 0.1), ("teacher-25", 2.0, 0.8), ("full", 6.5, 0.4)):
+        places[name] = tmp_path / name
+        places[name].mkdir()
+        Outcome(Measured({"fd": fd, "shapes_score": score}), 0.0, 1.0).save(places[name])
+    about = {"student": "full", "teacher": "teacher-25", "teacher_in_one": "teacher-1"}
+    numbers = cells.closed(Cell(0, tmp_path, about, places)).numbers
+    assert numbers == pytest.approx({"score_share": 0.5, "fd_ratio": 3.25, "gap_closed": 0.75})
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("LIGHTNING_T2I_RUNS", str(tmp_path))  # `fit` sets it, and it is taken back here
+    return tmp_path
+
+
+def cell_of(folder: Path, **overrides) -> Cell:
+    return Cell(0, folder, {"config": cells.CONFIG, "overrides": {**SMALL, **overrides}})
+
+
+def test_an_adapter_that_never_learns_moves_nothing_and_one_that_does_moves_the_student(folder) -> None:
+    (folder / "frozen").mkdir()
+    frozen = cell_of(folder / "frozen", **{"model.lora.optimizer.init_args.lr": 0.0})
+    assert cells.moved(frozen).numbers["moved"] == 0
+    (folder / "free").mkdir()
+    assert cells.moved(cell_of(folder / "free")).numbers["moved"] > 1e-5
+
+
+def test_files_of_pictures_are_counted(folder) -> None:
+    found = cells.image_free(cell_of(folder)).numbers
+    assert found["pictures"] == 0 and found["files"] > 5
+    with cells.reads() as seen:
+        (folder / "a.png").write_bytes(b"x")
+        assert not [n for n in seen if n.endswith("a.png")]  # it was written
+        (folder / "a.png").read_bytes()
+    (folder / "a.png").read_bytes()
+    assert sum(n.endswith("a.png") for n in seen) == 1
+
+
+def test_measures_of_a_student_and_of_its_teacher(folder) -> None:
+    cells.fit(cell_of(folder))
+    facts = {"split": "val", "n": 6, "varied": 3, "metrics": ["shapes_score", "fd"]}
+    student = cells.student(Cell(0, folder, {**facts, "of": "train-full"}, {"train-full": folder}))
+    teacher = cells.teacher(Cell(0, folder, {**facts, "network": cells.TEACHER, "guidance": 4.5, "steps": 2}))
+    for found in (student, teacher):
+        assert found.numbers.keys() >= {"fd", "diversity"} and found.numbers["diversity"] > 0
+        assert len(found.scores["shapes_score"]) == 6
+    assert json.loads((folder / "training" / "cost.json").read_text())["steps"] == 8
+    assert student.prompts == teacher.prompts and student.numbers["diversity"] != teacher.numbers["diversity"]

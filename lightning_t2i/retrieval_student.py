@@ -100,13 +100,11 @@ def recall_of(features: PairFeatures) -> RetrievalRecall:
 
 def retrieve(recall: RetrievalRecall, student: Student, weights: Branches) -> dict[str, float]:
     """Recalls of one student, with weights [n]: those of `RetrievalRecall.compute`."""
-    on_cpu = (weights[0].cpu(), weights[1].cpu())
-
-    def cosines(images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+    on_cpu, embedded = (weights[0].cpu(), weights[1].cpu()), RetrievalRecall()
+    for images, ids, texts, owners in recall.parts:  # each vector once, not once for every block of the search
         x, y = student.embed(on_cpu, images, texts)
-        return x @ y.T, y @ x.T
-
-    return recall.compute(cosines)
+        embedded.add(x, ids, y, owners)
+    return embedded.compute(lambda x, y: (x @ y.T, y @ x.T))
 
 
 @torch.no_grad()

@@ -112,5 +112,9 @@ def _bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 def nearest_captions(texts: Tensor, known: Tensor, captions: Sequence[str], count: int = 3) -> list[list[str]]:
     """The captions whose vectors [C, d'] have the largest cosines with each of `texts` [M, d'], different ones."""
-    order = (normalize(texts, dim=1) @ normalize(known, dim=1).T).argsort(1, descending=True).tolist()
-    return [list(dict.fromkeys(captions[i] for i in row))[:count] for row in order]
+    places: dict[str, int] = {}
+    for place, text in enumerate(captions):
+        places.setdefault(text, place)  # a caption of several pictures counts once
+    unique = list(places)
+    cosines = normalize(texts, dim=1) @ normalize(known[list(places.values())], dim=1).T
+    return [[unique[i] for i in row] for row in cosines.topk(min(count, len(unique)), dim=1).indices.tolist()]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_t2i.batch import Batch
+from lightning_t2i.coresets import drawn_pairs
 from lightning_t2i.keys import Keys
 from lightning_t2i.method import MethodModule
 from lightning_t2i.metrics.collapse import collapse, stripes
@@ -110,8 +111,9 @@ class MeasuredSet(MethodModule):
         folder.mkdir(parents=True, exist_ok=True)
         near = nearest_captions(found.texts, known.texts.cpu(), known.captions)
         draw_pairs(found.images, near).save(folder / f"pairs-{name}.png")
-        real = known.images[known.owner[: len(found)]], known.texts[: len(found)]
-        sets = {"synthetic": (pairs.images, pairs.texts), "real": real}
+        rows = drawn_pairs(len(found), len(known), Keys(self.common.seed).fork("real")).to(known.owner.device)
+        real = TrainingSet.of_pairs(known, rows)
+        sets = {"synthetic": (pairs.images, pairs.texts), "real": (real.images, real.texts)}
         embedded = {kind: self.student.embed(self.judge, *rows) for kind, rows in sets.items()}
         draw_embeddings({kind: (x.cpu(), y.cpu()) for kind, (x, y) in embedded.items()},
                         folder / f"embeddings-{name}.png")  # fmt: skip

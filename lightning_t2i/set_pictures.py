@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,19 +12,20 @@ from torch import Tensor
 
 from lightning_t2i.pictures import to_pil
 
-SIDE, WORDS = 96, 34  # pixels of a drawn picture; letters of a line below it
+SIDE, LETTERS, LINES = 96, 32, 2  # pixels of a drawn picture; letters of a line below it, and lines
 
 
 def draw_pairs(images: Tensor, captions: Sequence[Sequence[str]], columns: int = 5) -> Image.Image:
     """A sheet of pictures [M, 3, H, W] with the first caption of each below it."""
-    width, height = 2 * SIDE + 16, SIDE + 32
+    width, height = 2 * SIDE + 16, SIDE + 16 + 14 * LINES
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
     pen = ImageDraw.Draw(sheet)
     for i, picture in enumerate(to_pil(images.clamp(-1, 1))):
         left, top = i % columns * width + 8, i // columns * height
         sheet.paste(picture.resize((SIDE, SIDE), Image.Resampling.NEAREST), (left + SIDE // 2, top + 4))
-        pen.text((left, top + SIDE + 8), (captions[i][0] if captions else "")[:WORDS], fill="black")
+        lines = textwrap.wrap(captions[i][0], LETTERS, max_lines=LINES, placeholder=" ...") if captions else []
+        pen.text((left, top + SIDE + 8), "\n".join(lines), fill="black")
     return sheet
 
 

@@ -65,6 +65,8 @@ def asymmetric(cell: Cell) -> Measured:
             snapshots.append(theta)
     chosen = coresets.drawn_pairs(options["pairs"], len(features), keys)
     leaves = [every[features.owner[chosen]].clone().requires_grad_(), features.texts[chosen].clone().requires_grad_()]
+    groups = [{"params": [leaf], "lr": rate} for leaf, rate in zip(leaves, options["rates"], strict=True)]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     rates, losses, began = torch.full((2,), options["rate"]), [], time.process_time()
     for step in range(options["steps"]):
         start = int(keys.at(step).integers("start", torch.tensor([0]), 0, options["epochs"]))
@@ -77,9 +79,9 @@ def asymmetric(cell: Cell) -> Measured:
 
         found = tesla(inner, leaves, rates, segment, 8)
         losses.append([float(branch) for branch in found.branches])
-        with torch.no_grad():
-            for leaf, gradient, rate in zip(leaves, found.gradients, options["rates"], strict=False):
-                leaf -= rate * gradient
+        for leaf, gradient in zip(leaves, found.gradients, strict=False):  # those of the rates are left out
+            leaf.grad = gradient
+        optimizer.step()
     late = torch.tensor(losses[len(losses) // 2 :]).mean(0).tolist()
     seconds = (time.process_time() - began) / options["steps"]
     ours = cell.measured(options["ours"]).numbers

@@ -33,6 +33,7 @@ from lightning_t2i.state_io import complete_checkpoints
 
 TUNING = 100  # seed
 OTHER = "assets/tiny/perceptual"  # another encoder of pictures: architecture and seed differ
+REAL_RATE = 0.02  # of students of real pairs
 RATED = ("images", "texts")  # groups whose rates are tuned, together
 
 
@@ -211,7 +212,7 @@ def coreset(cell: Cell) -> Measured:
     trajectories = Trajectories(cell.after["experts"] / RUN / FOLDER)
     keys = Keys(cell.seed).fork("coreset")
     rows = coresets.choose(options["kind"], world.train, options["pairs"], keys, trajectories, method.student)
-    pairs = TrainingSet.of_pairs(world.train, rows)
+    pairs = TrainingSet.of_pairs(world.train, rows, REAL_RATE)
     sizes = (cell.seed, options["nets"], options["epochs"])
     found = {name: score(world, method.student, pairs, name, *sizes) for name in ("wbce", "infonce")}
     numbers = {**found["infonce"], **{f"{name}/mean": value["mean"] for name, value in found.items()}}
@@ -220,7 +221,9 @@ def coreset(cell: Cell) -> Measured:
         image, identity = FrozenImages.build(OTHER)
         there = World(method, options, image.requires_grad_(False), identity)
         student = Student.of(image.width, method.student.text.inputs, None, method.student.temperature)
-        numbers["other"] = score(there, student, TrainingSet.of_pairs(there.train, rows), "infonce", *sizes)["mean"]
+        numbers["other"] = score(there, student, TrainingSet.of_pairs(there.train, rows, REAL_RATE), "infonce", *sizes)[
+            "mean"
+        ]
     return Measured(numbers)
 
 

@@ -23,6 +23,7 @@ from lightning_modules.experts import trained as descended
 from lightning_modules.repblend import RepBlend
 from lightning_t2i.blending import Blending, Plan, blend
 from lightning_t2i.cli.configs import merge
+from lightning_t2i.cli.restore import constructed
 from lightning_t2i.errors import UserError
 from lightning_t2i.frozen import weights_hash
 from lightning_t2i.keys import Keys
@@ -750,6 +751,16 @@ def test_wrong_arguments_are_refused(tmp_path, name):
     options, message = WRONG[name]
     with pytest.raises(UserError, match=message):
         repblend(tmp_path, **options)
+
+
+def test_tiny_configs_can_be_constructed_and_say_what_they_are_named_for():
+    names = ("tiny", "tiny_lors", "tiny_mtt", "tiny_random")
+    found = {name: constructed(ROOT / f"configs/repblend/{name}.yaml") for name in names}
+    facts = {name: (m.blending.kind, m.target, m.gradient) for name, m in found.items()}
+    assert facts["tiny"] == ("blend", "identity", "tesla") and facts["tiny_lors"] == ("none", "factors", "tesla")
+    assert facts["tiny_mtt"] == ("none", "identity", "unrolled")
+    still = found["tiny_random"].options["images"].optimizer([torch.zeros(1, requires_grad=True)])
+    assert still.defaults["lr"] == 0.0
 
 
 def test_options_of_parts_are_checked(tmp_path):

@@ -153,7 +153,7 @@ class Session(LightningCLI):
             ((plain["data"] or {}).get("init_args") or {}).pop(name, None)
         return plain
 
-    def _instantiate(self, kind: type, *args: Any, **kwargs: Any) -> Any:
+    def _instantiate(self, kind: type, /, *args: Any, **kwargs: Any) -> Any:
         """Builds an object for the parser, which would try past a UserError; notes it, and while diagnosing goes on."""
         try:
             return kind(*args, **kwargs)

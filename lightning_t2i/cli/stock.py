@@ -16,6 +16,7 @@ from lightning_t2i.dual_encoder_pipeline import FACTS
 from lightning_t2i.errors import UserError
 from lightning_t2i.networks import load, projections
 from lightning_t2i.shipped import shipped
+from lightning_t2i.synthetic_set import KIND
 
 # Networks of this repository that are written as folders of their own: class -> module.
 OURS = {
@@ -80,6 +81,10 @@ def read_stock(folder: Path, sampling: Mapping[str, Any] | None = None) -> Stock
         raise UserError("Not a model folder", where=str(folder), allowed="model_index.json or config.json")
     network = _network(folder, "")
     assert network is not None  # it has a config
+    if network.kind == KIND:  # no network: factors of a similarity
+        code = ["from pathlib import Path", "from lightning_t2i.synthetic_set import SyntheticSet", ""]
+        code += ['pairs = SyntheticSet.load(Path("."))  # this folder', "print(pairs.images.shape, pairs.similarity)"]
+        return Stock(KIND, "lightning-t2i", "", [network], "\n".join(code))
     return Stock(network.kind, _library(network.kind), "", [network], _model(network.kind, config))
 
 

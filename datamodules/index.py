@@ -188,9 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s)")
     parser.add_argument("--task", type=int, help="number of this task of an array, from 0; nothing is joined")
     parser.add_argument("--tasks", type=int, default=1, help="tasks of the array")
-    parser.add_argument(
-        "--skip-bad", action="store_true", help="leave out shards that are missing, and ends of cut ones"
-    )
+    parser.add_argument("--skip-bad", action="store_true", help="leave out missing shards and ends of cut ones")
     parser.add_argument("--prefix-keys", action="store_true", help="put the number of the shard before each key")
     given = parser.parse_args(arguments)
     try:

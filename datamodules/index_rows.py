@@ -37,12 +37,14 @@ def index_shard(shard: str, out: Path, split: str, language: str, options: Remot
     try:
         known = beside(shard)
         stats = known.pop("", {})
-        with open_shard(shard, options) as file, open_shard(shard, options) as data:
+        with open_shard(shard, options) as file:
             for sample in samples(file):
                 try:
-                    row = row_of(sample, data, known.get(sample.key.rsplit("/", 1)[-1], {}), language)
+                    row = row_of(sample, file, known.get(sample.key.rsplit("/", 1)[-1], {}), language)
                     if sample.key in keys:
                         raise ValueError("another sample has this key")
+                except UserError:  # of the network, not of the sample
+                    raise
                 except ValueError as reason:
                     report["skipped"] += 1
                     if len(report["reasons"]) < NAMED:

@@ -23,7 +23,8 @@ class RemoteFile(io.RawIOBase):
 
     def __init__(self, url: str, options: RemoteOptions):
         self.url, self.options = url, options
-        self._at, self._start, self._data = 0, 0, b""
+        self._at = 0
+        self._chunks: list[tuple[int, bytes]] = []  # the last two: a sample is read when the next one's header was
 
     def readable(self) -> bool:
         return True
@@ -43,16 +44,22 @@ class RemoteFile(io.RawIOBase):
         assert size is not None and size >= 0
         found = b""
         while len(found) < size:
-            skip = self._at - self._start
-            if not 0 <= skip < len(self._data):
-                (self._data,) = fetch([(self.url, self._at, self._at + CHUNK)], self.options)
-                self._start, skip = self._at, 0
-            part = self._data[skip : skip + size - len(found)]
+            start, data = self._chunk()
+            part = data[self._at - start : self._at - start + size - len(found)]
             if not part:
                 break
             found += part
             self._at += len(part)
         return found
+
+    def _chunk(self) -> tuple[int, bytes]:
+        """Start and bytes of a chunk that holds the place; it is empty at the end of the file."""
+        for start, data in self._chunks:
+            if start <= self._at < start + len(data):
+                return start, data
+        (data,) = fetch([(self.url, self._at, self._at + CHUNK)], self.options)
+        self._chunks = [*self._chunks[-1:], (self._at, data)]
+        return self._at, data
 
 
 def open_shard(name: str, options: RemoteOptions) -> BinaryIO:

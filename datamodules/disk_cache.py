@@ -32,7 +32,7 @@ class DiskCache:
     def __init__(self, folder: str | Path, limit: int):
         self.folder, self.limit = Path(folder).expanduser(), limit
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock, self._total = str(self.folder / ".lock"), self.folder / ".total"
+        self.lock, self._total = str(self.folder / ".lock"), self.folder / ".total"
         self._full = False
 
     def read(self, name: str, size: int, offset: int, length: int) -> bytes | None:
@@ -64,13 +64,14 @@ class DiskCache:
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(exist_ok=True)
-            with FileLock(self._lock):
+            with FileLock(self.lock):
                 total = self._read_total() + len(data)
                 if total > self.limit:
                     total = self._make_room(len(data)) + len(data)
                 self._total.write_text(str(total))
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
+                # Under the lock too: another process that counts the entries would not find this one.
+                temporary.write_bytes(data)
+                os.replace(temporary, path)
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)

@@ -102,7 +102,7 @@ def samples(file: BinaryIO) -> Iterator[Sample]:
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members = []  # of millions of samples they would fill the memory
+                tar.members = []  # type: ignore[attr-defined]  # of millions of samples they would fill the memory
                 if not member.isfile():
                     continue
                 folder, _, name = member.name.rpartition("/")
@@ -113,6 +113,9 @@ def samples(file: BinaryIO) -> Iterator[Sample]:
                         yield sample
                     sample = Sample(key)
                 sample.members[ext.lower()] = (member.offset_data, member.size)
+            file.seek(tar.offset)  # a tar that is cut between two members looks whole but for its end
+            if not file.read(1):
+                raise Truncated("there is no end of the archive")
     except tarfile.ReadError as error:
         raise Truncated(str(error)) from error
     if sample is not None:

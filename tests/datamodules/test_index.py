@@ -2,16 +2,20 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 
+import programs
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_sets import gradient, png
 from range_server import serving
 
-from datamodules import index_rows
 from datamodules.image_text import ImageText
 from datamodules.index import main
 from datamodules.index_file import Index
@@ -108,10 +112,9 @@ def test_statistics_that_say_more_samples_are_noticed(tmp_path, capsys):
     assert "its statistics say 5 samples, it holds 4" in capsys.readouterr().err
 
 
-def test_tasks_of_an_array_share_and_finished_shards_are_kept(tmp_path, monkeypatch):
+def test_tasks_of_an_array_share_and_finished_shards_are_kept(tmp_path):
     source, out = img2dataset(tmp_path / "bucket", 4), tmp_path / "out"
     done = []
-    real = index_rows.picture_size
     for task in range(2):
         assert run(source, "--out", out, "--task", task, "--tasks", 2) == 0
         done.append(sorted(path.name for path in (out / ".parts-train").glob("*.parquet")))
@@ -122,7 +125,6 @@ def test_tasks_of_an_array_share_and_finished_shards_are_kept(tmp_path, monkeypa
     lost.unlink()
     assert run(source, "--out", out) == 0
     assert [path for path, time in times.items() if path.stat().st_mtime_ns != time] == [lost]
-    assert real is index_rows.picture_size
     assert run(source, "--out", tmp_path / "alone", "--workers", 2) == 0
     assert (tmp_path / "alone" / "index-train.parquet").read_bytes() == (out / "index-train.parquet").read_bytes()
 
@@ -164,3 +166,26 @@ def test_filters_choose_rows_and_are_part_of_the_identity(tmp_path):
     ):
         with pytest.raises(ValueError, match=said):
             kept(**where)
+
+
+def test_a_killed_indexing_goes_on_with_the_shards_that_are_missing(tmp_path):
+    source, out, alone = img2dataset(tmp_path / "bucket", 6), tmp_path / "out", tmp_path / "alone"
+    with serving(source) as server:
+        url = f"{server.url}/{{00000..00005}}.tar"
+        server.fault = lambda path, *_: "stall" if path == "/00003.tar" else None
+        command = [sys.executable, "-m", "datamodules.index", url, "--out", str(out)]
+        process = programs.Popen(command, env=dict(os.environ), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not any(path == "/00003.tar" for path, *_ in server.asked):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.kill()  # kill -9, within the fourth shard
+        process.wait()
+        finished = {path: path.stat().st_mtime_ns for path in (out / ".parts-train").glob("*.parquet")}
+        assert len(finished) == 3 and not (out / "dataset.json").exists()
+        server.fault = lambda *_: None
+        server.asked.clear()
+        assert run(url, "--out", out) == 0
+        assert {path for path, *_ in server.asked if path.endswith(".tar")} == {f"/0000{i}.tar" for i in (3, 4, 5)}
+        assert {path: path.stat().st_mtime_ns for path in finished} == finished
+        assert run(url, "--out", alone) == 0
+    assert Index.load(alone, "train").facts == Index.load(out, "train").facts

@@ -39,6 +39,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.server.folder / self.path.lstrip("/")
         if not path.is_file():
+            self.server.asked.append((self.path, 0, 0))
             self.send_error(404)
             return
         data, wanted = path.read_bytes(), re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))

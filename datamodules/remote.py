@@ -125,9 +125,9 @@ async def _piece(url: str, system: Any, path: str, start: int, end: int, options
         at = start + len(got)
         try:
             if system.async_impl:
-                call = system._cat_file(path, at, end)
+                call = system._cat_file(path, start=at, end=end)
             else:
-                call = asyncio.to_thread(system.cat_file, path, at, end)
+                call = asyncio.to_thread(system.cat_file, path, start=at, end=end)
             data = await asyncio.wait_for(call, options.timeout_s)
         except Exception as error:
             if _is_past_the_end(error):
@@ -151,7 +151,8 @@ async def _piece(url: str, system: Any, path: str, start: int, end: int, options
 
 
 def _is_past_the_end(error: Exception) -> bool:
-    return getattr(error, "status", None) == 416 or "InvalidRange" in str(error) or "416" in str(error)[:16]
+    said = f"{error} {error.__cause__}"  # s3fs keeps the code of S3 in the cause
+    return getattr(error, "status", None) == 416 or "InvalidRange" in said or "not satisfiable" in said
 
 
 def _give_up_on(error: Exception, url: str, attempts: int, options: RemoteOptions, seconds: float) -> None:

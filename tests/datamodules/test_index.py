@@ -2,14 +2,12 @@
 
 import io
 import json
-import os
 import subprocess
 import sys
 import tarfile
 import time
 from pathlib import Path
 
-import programs
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -168,13 +166,13 @@ def test_filters_choose_rows_and_are_part_of_the_identity(tmp_path):
             kept(**where)
 
 
-def test_a_killed_indexing_goes_on_with_the_shards_that_are_missing(tmp_path):
+def test_a_killed_indexing_goes_on_with_the_shards_that_are_missing(tmp_path, repo):
     source, out, alone = img2dataset(tmp_path / "bucket", 6), tmp_path / "out", tmp_path / "alone"
     with serving(source) as server:
         url = f"{server.url}/{{00000..00005}}.tar"
         server.fault = lambda path, *_: "stall" if path == "/00003.tar" else None
         command = [sys.executable, "-m", "datamodules.index", url, "--out", str(out)]
-        process = programs.Popen(command, env=dict(os.environ), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command, cwd=repo, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not any(path == "/00003.tar" for path, *_ in server.asked):
             assert process.poll() is None
             time.sleep(0.02)

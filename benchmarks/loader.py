@@ -1,6 +1,7 @@
 """Samples per second of the loader against webdataset's own decoding, tarfile + PIL and PIL alone.
 
     python -m benchmarks.loader [--samples 600] [--workers 0 2] [--rounds 3] [--sets small large]
+    python -m benchmarks.loader --plan 100000000      the order of so many rows: seconds and memory, and to seek in it
 
 "small" are 32 x 32 PNG pictures read at 32, "large" are JPEG photographs of 640 x 480 read at 256, both drawn on the
 spot with English and Chinese captions. All contestants read the same shards, decode, resize, cut, turn into float
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import resource
 import statistics
 import tarfile
 import tempfile
@@ -31,6 +33,7 @@ from PIL import Image
 from benchmarks.rendering import tables
 from datamodules.encode import encode
 from datamodules.image_text import ImageText, to_images
+from datamodules.order import GlobalOrder
 from datamodules.shards import ShardWriter
 from datamodules.streams import StreamLoader
 
@@ -181,6 +184,21 @@ def compare(samples: int, workers: Sequence[int], rounds: int, sets: Sequence[st
     return rows
 
 
+def plan_cost(n: int) -> list[tuple[str, float]]:
+    """Seconds and GB to plan an epoch of n rows, and seconds to go to a place of the third, as a resumed run does."""
+
+    def peak() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+    before, start = peak(), time.perf_counter()
+    order = GlobalOrder(n, "sha", 0)
+    order.rows(np.arange(1024))
+    planned = time.perf_counter()
+    memory = peak() - before
+    GlobalOrder(n, "sha", 0).rows(np.arange(2 * n + n // 2, 2 * n + n // 2 + 1024))
+    return [("plan, s", planned - start), ("plan, GB", memory), ("seek, s", time.perf_counter() - planned)]
+
+
 def result(rows: list[list[Any]]) -> dict[str, Any]:
     columns = [
         ["pictures", ""],
@@ -203,7 +221,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
+    parser.add_argument("--plan", type=int, metavar="ROWS", help="measure the order of so many rows, and nothing else")
     options = parser.parse_args()
+    if options.plan is not None:
+        print("\n".join(f"{name}: {value:.2f}" for name, value in plan_cost(options.plan)))
+        return
     torch.set_num_threads(1)
     print(tables(result(compare(options.samples, options.workers, options.rounds, options.sets))))
 

@@ -100,7 +100,7 @@ class Latents:
         self._index_rows = shards.rows
         self._shard = shards.index["shard"]
         self._first = np.atleast_1d(np.searchsorted(self._shard, np.arange(len(shards.index.shards))))
-        self._names = [f"{path.stem}.npy" for path in shards.index.shards]
+        self._names = [f"{stem}.npy" for stem in shards.index.stems]
         self._open: dict[int, np.ndarray] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def encode(folder: Path, split: str, vae: str, size: int = 32, batch_size: int =
         about["scaling"] = codec.vae.config.get("scaling_factor")
         count, total, squares = 0, 0.0, 0.0
         for shard in tqdm(range(len(shards.index.shards)), desc=f"latents of {split}", unit="shard"):
-            path = target / f"{shards.index.shards[shard].stem}.npy"
+            path = target / f"{shards.index.stems[shard]}.npy"
             if not path.is_file():
                 rows = np.flatnonzero(shards.index["shard"] == shard)
                 latents, bad = _encode_rows(codec, shards, rows, size, batch_size, device)

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules.records import Shards, Stream, captioned, choose_caption, data_folder
+from datamodules.remote import RemoteOptions
 from lightning_t2i.batch import Records
 from lightning_t2i.errors import UserError
 
@@ -57,6 +58,9 @@ class ImageText(Stream):
         latents: folder (or hub id) of an autoencoder: batches carry its cached latents instead of pictures; the cache
             is built on first use.
         in_memory: decode the split once and keep it, for small data sets (size^2 * 3 bytes a picture).
+        where: filters on the index, column -> [least, most], such as `{width: [256, null], aspect: [0.5, 2]}`; see
+            `datamodules.filters.passing`.
+        remote: how shards behind URLs are read and kept, see `datamodules.remote.RemoteOptions`.
         limit: use only the first so many samples.
         lanes, block: see `datamodules.order.GlobalOrder`.
         max_bad_fraction: see `datamodules.records.Stream`.
@@ -79,6 +83,8 @@ class ImageText(Stream):
         lanes: int = 1024,
         block: int = 256,
         max_bad_fraction: float = 0.01,
+        where: dict[str, list[float | None]] | None = None,
+        remote: RemoteOptions = RemoteOptions(),
     ):
         if (latents is not None or in_memory) and crop == "random":
             option = "in_memory" if latents is None else "latents"
@@ -91,6 +97,7 @@ class ImageText(Stream):
         self.languages, self.crop, self.flip, self.latents = tuple(languages), crop, flip, latents
         self.in_memory, self.limit, self.lanes, self.block = in_memory, limit, lanes, block
         self.max_bad_fraction = max_bad_fraction
+        self.where, self.remote = where, remote
         self._kept: list[tuple[int, tuple[dict[str, Any], np.ndarray | None]]] | None = None
 
     def prepare(self) -> None:
@@ -103,7 +110,16 @@ class ImageText(Stream):
     def setup(self) -> None:
         if hasattr(self, "shards"):
             return
-        self.shards = Shards(data_folder(self.source), self.split, self.languages, self.limit)
+        self.shards = Shards(
+            data_folder(self.source),
+            self.split,
+            self.languages,
+            self.limit,
+            self.where,
+            self.remote,
+            self.lanes,
+            self.block,
+        )
         if self.latents is not None:
             from datamodules.encode import Latents
 
@@ -137,6 +153,7 @@ class ImageText(Stream):
             where = torch.full((len(rows), 2), 0.5)
             if self.crop == "random":
                 where = self.keys.uniform("crop", positions, (2,))
+            self.shards.ahead([int(row) for row in rows])
             found = [
                 self.read_good(int(row), partial(self._read, where=tuple(place)), self.shards.title)
                 for row, place in zip(rows, where.tolist(), strict=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import os
@@ -15,11 +14,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from datamodules.extents import Extents
+from datamodules.filters import Where, passing
+from datamodules.index_file import Index
+from datamodules.layouts import captions_of, read_json
 from datamodules.order import GlobalOrder, finite_batches
-from datamodules.shards import Index
+from datamodules.pictures import BadSample, decode
+from datamodules.remote import RemoteOptions, Url
 from lightning_t2i.batch import Records
 from lightning_t2i.errors import UserError
 from lightning_t2i.keys import Keys
@@ -27,10 +31,6 @@ from lightning_t2i.paths import resolve
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-class BadSample(Exception):
-    """A sample whose bytes cannot be turned into a picture and its captions; the message says why."""
 
 
 class Stream(ABC):
@@ -173,12 +173,25 @@ class Shards:
         split: name of the split.
         languages: keep only samples with a caption in one of these languages; None keeps all.
         limit: keep only the first so many of them.
+        where: filters on the index, see `datamodules.filters.passing`.
+        remote: how shards behind URLs are read.
+        lanes, block: of the order in which samples are read, which remote reads follow.
 
     Raises:
-        UserError: no such folder or split, a shard is missing or empty, or no sample is left.
+        UserError: no such folder or split, a local shard is missing or empty, or no sample is left.
     """
 
-    def __init__(self, folder: Path, split: str, languages: Sequence[str] | None = None, limit: int | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        languages: Sequence[str] | None = None,
+        limit: int | None = None,
+        where: Where | None = None,
+        remote: RemoteOptions = RemoteOptions(),
+        lanes: int = 1,
+        block: int = 256,
+    ):
         facts = folder / "dataset.json"
         if not facts.is_file():
             raise UserError(
@@ -193,6 +206,8 @@ class Shards:
         self.folder, self.split, self.name = folder, split, about["name"]
         self.index = Index.load(folder, split)
         for path in self.index.shards:
+            if isinstance(path, Url):  # whether it is there is found when it is read
+                continue
             if not path.is_file() or path.stat().st_size == 0:
                 state = "empty" if path.is_file() else "missing"
                 fix = "copy the shard again, or write the data set anew"
@@ -200,10 +215,15 @@ class Shards:
         rows = np.arange(len(self.index))
         if languages is not None:
             rows = rows[self._speaks(languages)]
+        if where:
+            rows = rows[passing(self.index, where)[rows]]
         self.rows = rows[:limit]
         if len(self.rows) == 0:
-            raise UserError("No sample is left", where=str(folder), given=f"split={split}, languages={languages}")
+            given = f"split={split}, languages={languages}, where={dict(where or {})}"
+            raise UserError("No sample is left", where=str(folder), given=given)
         self._files: dict[int, int] = {}
+        remotely = any(isinstance(path, Url) for path in self.index.shards)
+        self.extents = Extents(self.index, self.rows, remote, lanes, block) if remotely else None
 
     def _speaks(self, languages: Sequence[str]) -> np.ndarray:
         known = [name.removeprefix("caption_") for name in self.index.columns if name.startswith("caption_")]
@@ -233,14 +253,25 @@ class Shards:
         return sample_id(self.name, self.split, self.index["key"][self.rows[row]])
 
     def meta(self, row: int) -> dict[str, Any]:
-        """The JSON beside the picture: captions by language and what the data set adds."""
+        """The JSON beside the picture: captions by language and what the data set adds.
+
+        Other layouts than ours have a caption without a language, or as a text beside the picture.
+        """
+        data = self._read(row, "json_offset", "json_size")
         try:
-            meta = json.loads(self._read(row, "json_offset", "json_size"))
+            meta = read_json(data) if data else {}
         except ValueError as error:
             raise BadSample(f"json: {error}") from error
-        if not isinstance(meta, dict):
-            raise BadSample("json: not an object")
-        return meta
+        language = self.index.facts.get("language")
+        if language is None:
+            return meta
+        text = self._read(row, "txt_offset", "txt_size").decode("utf-8", "replace")
+        return {**meta, "caption": captions_of(meta, text, language)}
+
+    def ahead(self, rows: Sequence[int]) -> None:
+        """Fetches what these rows and their neighbours need, many at once, where the shards are remote."""
+        if self.extents is not None:
+            self.extents.prepare(rows)
 
     def data(self, row: int) -> bytes:
         """The sample's own bytes: an encoded picture, or what the data set has in its place."""
@@ -254,31 +285,17 @@ class Shards:
             size: the shorter side that is needed. A JPEG of four times that and more is decoded at half, a quarter or
                 an eighth of its size, never below twice the need, which is several times faster.
         """
-        try:
-            image = Image.open(io.BytesIO(self.data(row)))
-            if size is not None:
-                image.draft("RGB", (2 * size, 2 * size))
-            image.load()
-        except UnidentifiedImageError as error:
-            raise BadSample("picture: unknown format") from error
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            Image.DecompressionBombError,
-        ) as error:  # what Pillow's decoders raise
-            raise BadSample(f"picture: {error}") from error
-        if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return decode(self.data(row), size)  # an error of the network is not one of the picture
 
     def _read(self, row: int, offset: str, size: str) -> bytes:
         i = self.rows[row]
-        shard, length = int(self.index["shard"][i]), int(self.index[size][i])
-        if shard not in self._files:
-            self._files[shard] = os.open(self.index.shards[shard], os.O_RDONLY)
-        data = os.pread(self._files[shard], length, int(self.index[offset][i]))
+        shard, start, length = int(self.index["shard"][i]), int(self.index[offset][i]), int(self.index[size][i])
+        if self.extents is not None and isinstance(self.index.shards[shard], Url):
+            data = self.extents.read(row, start, length) if length else b""
+        else:
+            if shard not in self._files:
+                self._files[shard] = os.open(self.index.shards[shard], os.O_RDONLY)
+            data = os.pread(self._files[shard], length, start)
         if len(data) != length:
             raise BadSample(f"the shard ends {length - len(data)} bytes early")
         return data

@@ -17,15 +17,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 from PIL import Image, UnidentifiedImageError
 
+from datamodules.index_file import FORMAT, Index, index_path
 from lightning_t2i.errors import UserError
 
-FORMAT = 1
 BLOCK = 512  # tar pads every member to blocks
 RECORD = 20 * BLOCK  # and the archive to records
 TYPES = {"shard": pa.int32(), "offset": pa.int64(), "size": pa.int64(), "json_offset": pa.int64()}
@@ -180,53 +179,6 @@ class ShardWriter:
         self._file.write(data)
         self._hash.update(data)
         self._offset += len(data)
-
-
-class Index:
-    """The samples of a split in the order of its shards: `index[column]` is a NumPy array.
-
-    Attributes:
-        shards: paths of the shards; column `shard` counts in them.
-        columns: names of the columns.
-        sha: identity of the content, 16 hex digits, the same wherever the folder lies.
-        facts: what the writer stored: format, split, shards, sha256, world, n.
-    """
-
-    def __init__(self, folder: Path, facts: dict[str, Any], columns: dict[str, np.ndarray]):
-        self.facts, self._columns = facts, columns
-        self.columns = tuple(columns)
-        self.shards = [folder / name for name in facts["shards"]]
-        content = json.dumps([facts["format"], facts["split"], facts["sha256"]], sort_keys=True)
-        self.sha = hashlib.sha256(content.encode()).hexdigest()[:16]
-
-    @classmethod
-    def load(cls, folder: str | Path, split: str) -> Index:
-        """Reads `index-<split>.parquet`.
-
-        Raises:
-            UserError: there is none, or it is of another kind or format.
-        """
-        path = index_path(Path(folder), split)
-        if not path.is_file():
-            found = [name.stem.removeprefix("index-") for name in sorted(Path(folder).glob("index-*.parquet"))]
-            raise UserError("No index of this split", where=str(folder), given=split, allowed=found or "(no index)")
-        table = pq.read_table(path, use_threads=False)
-        facts = json.loads((table.schema.metadata or {}).get(b"t2i", b"{}"))
-        if facts.get("format") != FORMAT:
-            given = f"format {facts.get('format')}"
-            raise UserError("Not an index that can be read", where=str(path), given=given, allowed=f"format {FORMAT}")
-        columns = {name: table[name].to_numpy() for name in table.column_names}
-        return cls(Path(folder), facts, columns)
-
-    def __getitem__(self, column: str) -> np.ndarray:
-        return self._columns[column]
-
-    def __len__(self) -> int:
-        return len(self._columns["shard"])
-
-
-def index_path(folder: Path, split: str) -> Path:
-    return folder / f"index-{split}.parquet"
 
 
 def shard_name(split: str, number: int) -> str:

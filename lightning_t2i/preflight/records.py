@@ -67,7 +67,7 @@ def captions(stream: ImageText, rows: int) -> list[str]:
     """As many captions as rows: the longest of some from all over the data set, `UNKNOWN` where there is none."""
     folder, found = folder_of(stream.source), set[str]()
     if index_path(folder, stream.split).is_file():
-        shards = Shards(folder, stream.split, stream.languages, stream.limit)
+        shards = Shards(folder, stream.split, stream.languages, stream.limit, stream.where, stream.remote)
         for row in range(0, len(shards), math.ceil(len(shards) / LOOKED_AT)):
             with contextlib.suppress(BadSample):
                 known = shards.meta(row).get("caption", {})

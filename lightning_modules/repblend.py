@@ -219,7 +219,7 @@ class RepBlend(MeasuredSet):
         index = self.counters.micro * self.trainer.world_size + self.global_rank  # of the segments of this step
         plan = Plan.draw(self.keys, f"inner/{index}", self.pairs, self.inner_steps, self.inner_batch, self.blending,
                          self.device)  # fmt: skip
-        pixels, vectors, eta, *factors = self.tensors()
+        pixels, vectors, eta, *factors = self.learned()
         features = encoded(self.image, pixels[plan.used], self.chunk, self.kept)
         inputs = [features, vectors, *factors]
         leaves = [t.detach().requires_grad_() for t in inputs]

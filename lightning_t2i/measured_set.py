@@ -26,7 +26,7 @@ from lightning_t2i.synthetic_set import SyntheticSet, nearest_captions
 
 
 class MeasuredSet(MethodModule):
-    """What a method has to set: student, objective, protocol, alpha, chunk; `tensors` and, once known, `judge`.
+    """What a method has to set: student, objective, protocol, alpha, chunk; `learned` and, once known, `judge`.
 
     student, objective, protocol: of new students; alpha: scale of S; chunk: pictures encoded at a time;
     judge: weights of both heads whose embeddings tell of collapse; known: features of the real pairs.
@@ -42,7 +42,7 @@ class MeasuredSet(MethodModule):
     image: Any
     text: Any
 
-    def tensors(self) -> list[Tensor]:
+    def learned(self) -> list[Tensor]:
         """X, Y, eta and the factors of S, whole."""
         return [t for name in self.groups for t in self.groups[name].network()]
 
@@ -53,7 +53,7 @@ class MeasuredSet(MethodModule):
     @torch.no_grad()
     def training_set(self) -> TrainingSet:
         """What new students are trained on."""
-        pictures, texts, rates, *factors = self.tensors()
+        pictures, texts, rates, *factors = self.learned()
         features = torch.cat([self.image(part) for part in pictures.split(self.chunk or len(pictures))])
         return TrainingSet(features, texts, tuple(factors), self.alpha, rates)
 
@@ -97,7 +97,7 @@ class MeasuredSet(MethodModule):
 
     def synthetic_set(self) -> SyntheticSet:
         """The set as it is, on the CPU."""
-        pictures, texts, rates, *factors = (t.detach().cpu() for t in self.tensors())
+        pictures, texts, rates, *factors = (t.detach().cpu() for t in self.learned())
         facts = {**facts_of(self.frozen_identities, self.student), "alpha": self.alpha}
         return SyntheticSet(pictures, texts, tuple(factors), rates, facts)
 

@@ -198,7 +198,7 @@ def elsewhere(cell: Cell, method: Any, pairs: TrainingSet, objective: str) -> fl
     image, identity = FrozenImages.build(OTHER)
     world = World(method, cell.options, image.requires_grad_(False), identity)
     student = Student.of(image.width, method.student.text.inputs, None, method.student.temperature)
-    moved = replace(pairs, images=image(method.tensors()[0]) if len(method.tensors()) else pairs.images)
+    moved = replace(pairs, images=image(method.learned()[0]) if len(method.learned()) else pairs.images)
     return score(world, student, moved, objective, cell.seed, cell.options["nets"], cell.options["epochs"])["mean"]
 
 

@@ -716,7 +716,7 @@ def test_it_exports_a_set_that_comes_back_as_it_was(tmp_path):
     state = module.state_dict()
     assert torch.equal(found.images, state["images.pixels"]) and torch.equal(found.texts, state["texts.vectors"])
     assert torch.equal(found.rates, state["rates.eta"])
-    assert torch.equal(found.similarity, similarity(tuple(module.tensors()[3:]), 3.0, torch.arange(PAIRS)))
+    assert torch.equal(found.similarity, similarity(tuple(module.learned()[3:]), 3.0, torch.arange(PAIRS)))
     assert found.images.dtype == torch.float32 and len(found.captions[0]) == 3
     assert (
         found.facts["image"]["inputs"] == 8 if isinstance(found.facts["image"], dict) else found.facts["alpha"] == 3.0

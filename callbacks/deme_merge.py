@@ -14,11 +14,11 @@ import torch
 
 from callbacks.inference import data_name, first_records, log_metrics, undisturbed
 from lightning_t2i.errors import UserError
-from lightning_t2i.experts import Experts
 from lightning_t2i.held_out import Data, HeldOut
 from lightning_t2i.merge_search import Search, search
 from lightning_t2i.merging import PROVENANCE, read_header, write_provenance
 from lightning_t2i.metrics.scorers import ScorerOptions, build_scorer, check_metrics
+from lightning_t2i.range_experts import RangeExperts
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class DeMeMerge(L.Callback):
         options = self.options
         if not options.enabled:
             return
-        if not isinstance(module, Experts):
+        if not isinstance(module, RangeExperts):
             given, fix = type(module).__name__, "merge.enabled: false"
             raise UserError("This method trains no experts to merge", where="merge", given=given, fix=fix)
         if options.weights is not None and len(options.weights) != module.num_ranges:

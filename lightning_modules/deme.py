@@ -39,7 +39,6 @@ from torch import Tensor
 from lightning_t2i.batch import Batch, Cond, Records
 from lightning_t2i.distillation import Pipeline
 from lightning_t2i.errors import UserError
-from lightning_t2i.experts import Experts
 from lightning_t2i.frozen import folder_identity
 from lightning_t2i.keys import Keys
 from lightning_t2i.networks.denoiser import Predictor
@@ -49,6 +48,7 @@ from lightning_t2i.networks.switch import Switch
 from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions
 from lightning_t2i.paths import resolve
 from lightning_t2i.processes import EDM, Uniform, sample
+from lightning_t2i.range_experts import RangeExperts
 from lightning_t2i.state_io import copy_into, full_tensor
 
 
@@ -95,7 +95,7 @@ class ProjectionOptions:
     blocks: Blocks = "all"
 
 
-class DeMe(Experts):
+class DeMe(RangeExperts):
     """Trains experts of a pretrained diffusion model, all in one fit or one of them.
 
     Args:

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from lightning_t2i.errors import UserError
-from lightning_t2i.experts import Experts
 from lightning_t2i.held_out import Data, HeldOut
 from lightning_t2i.keys import Keys
 from lightning_t2i.merging import read_header
 from lightning_t2i.networks.denoiser import Denoiser
+from lightning_t2i.range_experts import RangeExperts
 from lightning_t2i.state_io import write_atomically
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
@@ -179,7 +179,7 @@ def of_run(run: Path, weights: str | None, batches: int, times: int, points: int
     session.parse(merge([run / "config.yaml"]), "validate")
     session.construct()
     method, data = session.method, session.data
-    if not isinstance(method, Experts):
+    if not isinstance(method, RangeExperts):
         raise UserError("This run trained no experts", where=str(run), given=type(method).__name__)
     restore(method, run)
     method.deltas = method.deltas or str(run / "deltas")

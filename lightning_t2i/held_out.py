@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 from lightning_t2i.batch import Cond, Records
-from lightning_t2i.experts import Experts
 from lightning_t2i.keys import Keys
 from lightning_t2i.merging import read_header
+from lightning_t2i.range_experts import RangeExperts
 
 Data = list[tuple[Records, Cond | None]]
 
@@ -35,7 +35,7 @@ class HeldOut:
         reduce: the mean of a tensor over all processes.
     """
 
-    def __init__(self, module: Experts, data: Data, keys: Keys, reduce: Callable[..., Any] = alone):
+    def __init__(self, module: RangeExperts, data: Data, keys: Keys, reduce: Callable[..., Any] = alone):
         self.module: Any = module
         self.data, self.keys, self.reduce, self.network = data, keys, reduce, module.plain()
         self.theta = dict(self.network.named_parameters())

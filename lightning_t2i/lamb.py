@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_t2i.state_io import local_tensor
+
 LARGEST_NORM = 10.0  # phi's end, algorithm 2
 
 
@@ -101,8 +103,7 @@ def trust_ratios(weights: list[Tensor], updates: list[Tensor]) -> list[Tensor]:
 
 def _squares(tensors: list[Tensor]) -> Tensor:
     """The sum of squares of each whole tensor [n]; a collective where they are sharded."""
-    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
-    sums = torch.stack([t.float().square().sum() for t in local])
+    sums = torch.stack([local_tensor(t).float().square().sum() for t in tensors])
     first = tensors[0]
     if isinstance(first, DTensor):
         mesh = first.device_mesh

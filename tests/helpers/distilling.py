@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import lightning as L
 import torch
 from torch import nn
 
+from datamodules.pair_prompts import PairPrompts
+from datamodules.streams import Streams
+from lightning_modules.teacher import Teacher
+from lightning_t2i.cli.pair_job import PairJob
 from lightning_t2i.method import MethodModule
 from lightning_t2i.networks.edm_unets import SongUNet
 from lightning_t2i.options import GroupOptions
@@ -35,6 +40,17 @@ def edm_folder(folder: Path, classes: int, dropout: float = 0.1) -> str:
             nn.init.normal_(parameter, std=0.05)
     network.save_pretrained(folder)
     to_scheduler(EDM(), "edm").save_pretrained(folder / "scheduler")
+    return str(folder)
+
+
+def make_pairs(source: str, prompts: str, folder: Path, batch_size: int = 8, **options) -> str:
+    """Pairs of prompts and what a teacher of two steps made of them; `options` are the teacher's."""
+    job = PairPrompts(prompts, str(folder), batch_size=batch_size, samples_per_shard=16)
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[PairJob(job)],
+    )  # fmt: skip
+    trainer.predict(Teacher(source, steps=2, **options), datamodule=Streams(predict=job), return_predictions=False)
     return str(folder)
 
 

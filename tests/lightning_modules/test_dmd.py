@@ -5,18 +5,16 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 from closed_forms import Gaussian
-from distilling import LR, edm_folder, heard, same, states, update
+from distilling import LR, edm_folder, heard, make_pairs, same, states, update
 from kills import what_a_kill_changes
 from pictures import fit
 from safetensors.torch import save_file
 from tiny_networks import pipeline_folder
 from torch import nn
 
-from datamodules.pair_prompts import PairPrompts
 from datamodules.pairs import Pairs
 from datamodules.prompts import Prompts
 from datamodules.streams import Streams
@@ -24,7 +22,6 @@ from lightning_modules.dmd import DMD, SMALLEST, denoising_loss, matching_gradie
 from lightning_modules.teacher import Teacher
 from lightning_t2i.batch import Batch, Records
 from lightning_t2i.cli.configs import merge
-from lightning_t2i.cli.pair_job import PairJob
 from lightning_t2i.errors import UserError
 from lightning_t2i.forward_units import counting_units, differences
 from lightning_t2i.frozen import weights_hash
@@ -242,16 +239,6 @@ def test_P10_a_zero_denominator_gives_a_finite_g_and_is_counted() -> None:
 
 
 # ---- tiny networks ---------------------------------------------------------------------------------------------------
-
-
-def make_pairs(source: str, prompts: str, folder: Path, **options) -> str:
-    job = PairPrompts(prompts, str(folder), batch_size=8, samples_per_shard=16)
-    trainer = L.Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[PairJob(job)],
-    )  # fmt: skip
-    trainer.predict(Teacher(source, steps=2, **options), datamodule=Streams(predict=job), return_predictions=False)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -6,17 +6,15 @@ import copy
 import json
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 from closed_forms import Gaussian
-from distilling import LR, edm_folder, heard, same, states, update
+from distilling import LR, edm_folder, heard, make_pairs, same, states, update
 from pictures import fit
 from safetensors.torch import save_file
 from tiny_networks import pipeline_folder
 from torch import Tensor, nn
 
-from datamodules.pair_prompts import PairPrompts
 from datamodules.pairs import Pairs
 from datamodules.prompts import Prompts
 from datamodules.streams import Streams
@@ -26,7 +24,6 @@ from lightning_modules.teacher import Teacher
 from lightning_t2i.batch import Records
 from lightning_t2i.claims.instaflow_toy import crossings, energy_distance, flows
 from lightning_t2i.cli.configs import merge
-from lightning_t2i.cli.pair_job import PairJob
 from lightning_t2i.errors import UserError
 from lightning_t2i.forward_units import counting_units, differences
 from lightning_t2i.frozen import weights_hash
@@ -160,16 +157,6 @@ def test_P5_the_exact_conversion_of_an_eps_network() -> None:
 
 
 # ---- tiny networks ---------------------------------------------------------------------------------------------------
-
-
-def make_pairs(source: str, prompts: str, folder: Path, size: int = 8, **options) -> str:
-    job = PairPrompts(prompts, str(folder), batch_size=size, samples_per_shard=16)
-    trainer = L.Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[PairJob(job)],
-    )  # fmt: skip
-    trainer.predict(Teacher(source, steps=2, **options), datamodule=Streams(predict=job), return_predictions=False)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -813,7 +800,7 @@ def test_pairs_that_are_missing_or_foreign_are_refused_before_training(tmp_path,
     refused(tmp_path, reflow(edm), data(prompts, sd_pairs, sd), "'x0' differs")
     other = str(pipeline_folder(tmp_path / "v", scheduler=to_scheduler(DDPM(), "v")))
     refused(tmp_path, reflow(other), data(prompts, sd_pairs, sd), "'teacher' differs")
-    wide = make_pairs(sd, prompts, tmp_path / "wide", size=8, guidance=3.0)
+    wide = make_pairs(sd, prompts, tmp_path / "wide", guidance=3.0)
     about = json.loads(Path(wide, "dataset.json").read_text())
     Path(wide, "dataset.json").write_text(json.dumps({**about, "shape": [4, 16, 16]}))
     with pytest.raises(UserError, match="noise of a shard|'shape' differs"):

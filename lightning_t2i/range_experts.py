@@ -1,4 +1,4 @@
-"""Experts: fine-tunings of one network that begin at the same weights, one after the other or in jobs of their own.
+"""Range experts: fine-tunings of one network from the same weights on, one after the other or in jobs of their own.
 
 Each leaves its delta, EMA(theta_i) - theta_0, in a folder; deltas of equal base, division and architecture can be
 merged (lightning_t2i/merging.py). What is trained on which range is the method's affair.
@@ -28,7 +28,7 @@ from lightning_t2i.state_io import copy_into, full_tensor, local_tensor
 log = logging.getLogger(__name__)
 
 
-class Experts(MethodModule):
+class RangeExperts(MethodModule):
     """Trains the group "student" N times from the same weights, or once for one of the experts.
 
     A fit has N x K training steps, or K for one expert. Before training step i K the student, its averages, optimizer
@@ -103,8 +103,9 @@ class Experts(MethodModule):
             return
         index = step // length - 1 if self.range_index is None else self.range_index
         about = self.about | {"index": index, "steps": length, "seed": self.common.seed}
-        taus = list(self.taus())
-        if self.trainer.is_global_zero:
+        writes = self.trainer.is_global_zero
+        taus = [tau for tau in self.taus() if writes]  # the others only help to gather, and keep nothing
+        if writes:
             save_delta(self.delta_folder / f"range-{index}-of-{self.num_ranges}.safetensors", taus, about)
         self.trainer.strategy.barrier()
         self._written = step

@@ -2,7 +2,7 @@
 
     x_t  = alpha(t) x0 + sigma(t) eps,     t ~ law,  eps ~ N(0, I)
     loss = w(t) |F(x_t, t, c) - target|^2                   target: eps, v = alpha eps - sigma x0, x0 or eps - x0
-    w    = 1, or one of lightning_t2i/processes/weights.py  (min-SNR, truncated SNR, SNR + 1, P2, learned)
+    w    = 1, or min-SNR (arXiv 2303.09556, section 3.4), truncated SNR, SNR + 1, P2, or learned: processes/weights.py
     c    = null with probability p                          (classifier-free guidance, arXiv 2207.12598)
 
     x0 [B, C, h, w] latents of unit scale, or pictures; t native time of the process, data at its low end;

@@ -21,6 +21,7 @@ SMALL = {
     "data.val.latents": None,
     "data.val.in_memory": False,
     "model.mask.strata": 4,
+    "model.transformer.schedule.steps": 1,
     "trainer.max_steps": 2,
     "trainer.val_check_interval": 1,
     "trainer.enable_progress_bar": False,

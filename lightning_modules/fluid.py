@@ -231,10 +231,9 @@ class Fluid(MethodModule):
         """Forward passes of a training step: a gradient costs two more; pictures and captions one, unless cached."""
         return {"transformer": 3.0, "codec.encoder": 1.0, "text": 1.0}
 
-    @torch.no_grad()
     def condition(self, records: Records) -> Cond:
         """The states of the captions: cached, or encoded."""
-        return records.cond if records.cond is not None else self.text(records.caption)
+        return self.pipeline.condition(records)
 
     def on_validation_epoch_start(self) -> None:
         self.means = {}

@@ -95,6 +95,11 @@ class TokenPipeline:
         return found
 
     @torch.no_grad()
+    def condition(self, records: Records) -> Cond:
+        """The states of the captions: cached, or encoded."""
+        return records.cond if records.cond is not None else self.text(records.caption)
+
+    @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens to pictures [B, 3, H, W] in [-1, 1]."""
         if self.network.discrete:

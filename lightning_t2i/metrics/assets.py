@@ -1,7 +1,7 @@
 """Measures the shipped networks and writes the `score.json` of their folders.
 
     python -m lightning_t2i.metrics.assets pixart flux     guidance chosen on validation prompts, scored on test prompts
-    python -m lightning_t2i.metrics.assets dmd             the same for a student in one step, without guidance
+    python -m lightning_t2i.metrics.assets dmd fluid       the same for a student in one step, and for a model of tokens
     python -m lightning_t2i.metrics.assets ddpm edm        Fréchet distance to the training pictures, and what is drawn
     python -m lightning_t2i.metrics.assets vq clip         quality of reconstructions, use of the codebook; retrieval
 
@@ -31,6 +31,7 @@ from lightning_t2i.metrics.shapes_detector import detect, satisfied, to_pixels
 from lightning_t2i.networks.codec import LatentCodec
 from lightning_t2i.networks.towers import Towers
 from lightning_t2i.paths import ROOT
+from lightning_t2i.token_pipeline import TokenPipeline
 
 TINY = ROOT / "assets" / "tiny"
 N, CHOOSING, SCALES = 1000, 200, {"dmd": (1.0,)}
@@ -56,8 +57,8 @@ def pictures(split: str, n: int, languages: Sequence[str] = ("en",), batch_size:
 
 
 @torch.no_grad()
-def scored(method: Diffusion, split: str, n: int, metrics: Sequence[str], **sampling: float) -> dict[str, float]:
-    """Metrics of the method's pictures for the first n records of a split, by their full names."""
+def scored(method: Any, split: str, n: int, metrics: Sequence[str], **sampling: float) -> dict[str, float]:
+    """Metrics of the pictures of a method or token pipeline for the first n records of a split, by their full names."""
     scorers = [build_scorer(name, ScorerOptions(), f"shapes-{split}") for name in metrics]
     for records in pictures(split, n):
         images = method.sample(method.condition(records), Keys(0).fork("eval"), records.position, **sampling)
@@ -68,7 +69,8 @@ def scored(method: Diffusion, split: str, n: int, metrics: Sequence[str], **samp
 
 def text_to_image(name: str, folder: Path) -> dict[str, Any]:
     """The shapes score at the guidance scale that is best on validation prompts."""
-    method, overall = built(name, folder), f"shapes_score/overall@n={CHOOSING}"
+    method = TokenPipeline.from_pretrained(folder) if name == "fluid" else built(name, folder)
+    overall = f"shapes_score/overall@n={CHOOSING}"
     scales = SCALES.get(name, ALL_SCALES)
     found = {scale: scored(method, "val", CHOOSING, ["shapes_score"], guidance=scale)[overall] for scale in scales}
     scale = max(found, key=found.__getitem__)
@@ -156,7 +158,7 @@ def retrieval(name: str, folder: Path) -> dict[str, Any]:
 
 MEASURES: dict[str, Callable[[str, Path], dict[str, Any]]] = {
     "sd": text_to_image, "pixart": text_to_image, "flux": text_to_image, "dmd": text_to_image,
-    "ddpm": on_pixels, "edm": on_pixels, "vq": tokens, "clip": retrieval,
+    "fluid": text_to_image, "ddpm": on_pixels, "edm": on_pixels, "vq": tokens, "clip": retrieval,
 }  # fmt: skip
 
 

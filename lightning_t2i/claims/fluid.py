@@ -1,13 +1,13 @@
 """Claims about Fluid (arXiv 2410.13863, figures 4 to 7 and table 2), of the four variants of its study.
 
-    arm                                    seeds   cost of a cell on one core
-    cx, cr, dx, dr at width 32, 64, 96     3       1,000 training steps of 32 pictures
-    long-cx, long-cr                       3       LONG training steps of width 96, flow head
-    without a distribution                 3       1,000 training steps of width 96, regression head
+    arm                                    seeds   cost of a cell on one of two busy cores
+    cx, cr, dx, dr at width 32, 64, 96     3       1,000 training steps of 16 pictures
+    long-cx, long-cr                       3       LONG training steps of 32 pictures, width 96, flow head
+    without a distribution                 3       1,000 training steps of 16 pictures, width 96, regression head
     their pictures                         3       420 test prompts; 210 or 96 validation prompts for claims 4 and 7
 
-c: continuous tokens, d: codes; x: random order, r: raster order. All are the tiny configs with other widths and batches
-of 32. The short ones have one noise for each token and a constant rate, the long ones two and a rate that falls to
+c: continuous tokens, d: codes; x: random order, r: raster order. All are the tiny configs with other widths and
+batches. The short ones have one noise for each token and a constant rate, the long ones two and a rate that falls to
 nearly nothing. A picture is 16 continuous tokens (2 x 2 latents each, as in the paper) or 64 codes and, in the random
 order, is drawn in half as many steps. A loss is the validation loss of averaged weights on 300 pictures at draws that
 all arms of a seed share.
@@ -36,10 +36,10 @@ from lightning_t2i.claims.spec import Arm, Claim, Matrix
 
 CONFIGS = {"cx": "tiny", "cr": "tiny_raster", "dx": "tiny_vq", "dr": "tiny_vq_raster"}
 WIDTHS = (32, 64, 96)
-SHORT, LONG, BATCH = 1000, 8000, 32
-# Seconds of a training step of 32 pictures on one core, by variant and width.
-STEP_S = {"cx": (0.04, 0.055, 0.075), "cr": (0.04, 0.06, 0.085), "dx": (0.12, 0.15, 0.21), "dr": (0.09, 0.135, 0.21)}
-LONG_S = 0.1  # with two noises
+SHORT, LONG, BATCH, LONG_BATCH = 1000, 6000, 16, 32
+# Seconds of a training step while both cores are busy, by variant and width.
+STEP_S = {"cx": (0.04, 0.05, 0.08), "cr": (0.045, 0.055, 0.08), "dx": (0.09, 0.13, 0.18), "dr": (0.08, 0.11, 0.16)}
+LONG_S = 0.16  # with two noises
 STEPS = {"cx": 8, "cr": 16, "dx": 32, "dr": 64}  # of a picture; the raster order has as many as there are tokens
 PICTURE_S = {"cx": 0.03, "cr": 0.045, "dx": 0.1, "dr": 0.032}  # guided
 GUIDANCE, STRONG = 3.0, 15.0
@@ -61,11 +61,15 @@ def matrix(quick: bool = False) -> Matrix:
     }
 
     def training(name: str, variant: str, width: int, number: int, unit_s: float, **changed: Any) -> Arm:
-        overrides = {**common, "trainer.max_steps": number, **{f"model.{key}": value for key, value in changed.items()}}
+        kept = {
+            "trainer.max_steps": number,
+            "trainer.val_check_interval": number // 4,
+            "checkpoints.every": number // 4,
+        }
         options = {
             "config": f"configs/fluid/{CONFIGS[variant]}.yaml",
             "width": width,
-            "overrides": {**overrides, "trainer.val_check_interval": number // 4, "checkpoints.every": number // 4},
+            "overrides": {**common, **kept, **changed},
         }
         return Arm(name, cells.train, options, number, "training step", unit_s)
 
@@ -78,13 +82,15 @@ def matrix(quick: bool = False) -> Matrix:
     points = [(f"cx-{w}", s) for w in widths for s in (quarter, 2 * quarter, short)]
     scored = [drawn(f"at-{of}-{step}", of, step, few) for of, step in points]
     fit = [*dict.fromkeys(of for of, _ in points), *(arm.name for arm in scored)]
-    flow: dict[str, Any] = {"head": "flow", "head_options": None, "copies": 2}
-    flow |= {"transformer.schedule.total": long, "transformer.schedule.final": 0.02}
+    flow: dict[str, Any] = {"model.head": "flow", "model.head_options": None}
+    schedule = {"model.transformer.schedule.total": long, "model.transformer.schedule.final": 0.02}
+    larger = {"data.main.batch_size": LONG_BATCH, "model.mask.strata": LONG_BATCH, "model.copies": 2}
+    regression: dict[str, Any] = {"model.head": "regression", "model.head_options": None}
     varied: dict[str, Any] = {"variety": True, "metrics": []}
     arms = (
         *(training(f"{v}-{w}", v, w, short, STEP_S[v][WIDTHS.index(w)]) for v in CONFIGS for w in widths),
-        *(training(f"long-{v}", v, size, long, LONG_S, **flow) for v in ("cx", "cr")),
-        training("train-regression", "cx", size, short, 0.075, head="regression", head_options=None),
+        *(training(f"long-{v}", v, size, long, LONG_S, **flow, **schedule, **larger) for v in ("cx", "cr")),
+        training("train-regression", "cx", size, short, 0.08, **regression),
         *scored,
         Arm("correlation", cells.correlate, {"points": [[of, step, f"at-{of}-{step}"] for of, step in points]}, 1,
             "fit", 0.1, tuple(fit)),

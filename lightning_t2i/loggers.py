@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import logging
+import os
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -217,11 +218,16 @@ class Wandb(WandbLogger):
                 wandb.teardown()  # else it complains once more when the process ends
 
 
+def sweep_run() -> str | None:
+    """The id that the agent of a W&B sweep gives a training; None outside of sweeps."""
+    return os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+
+
 def wandb_id(folder: Path) -> str:
-    """The id in the run folder, drawn on the first start."""
+    """The id in the run folder: drawn on the first start, or given by the agent of a W&B sweep."""
     file = folder / "wandb_id"
     if not file.is_file():
-        write_atomically(file, secrets.token_hex(4).encode())
+        write_atomically(file, (sweep_run() or secrets.token_hex(4)).encode())
     return file.read_text().strip()
 
 

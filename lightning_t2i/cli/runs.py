@@ -23,6 +23,7 @@ from lightning_t2i import __version__
 from lightning_t2i.checkpoints.mirror import on_a_disk
 from lightning_t2i.cli.configs import flatten
 from lightning_t2i.errors import UserError
+from lightning_t2i.loggers import sweep_run
 from lightning_t2i.paths import ROOT
 from lightning_t2i.slurm import job_id
 from lightning_t2i.state_io import MARKER, newest, write_atomically
@@ -67,7 +68,8 @@ def runs_root() -> Path:
 
 
 def run_name(explicit: str | None, configs: list[Path]) -> str:
-    """`--run`, else the id of the SLURM job (of an array's task), else the last config's name."""
+    """`--run`, else the id of the SLURM job (of an array's task), else the last config's name, in a sweep of W&B with the
+    id of the training."""
     if explicit is not None:
         on_a_disk(explicit, "--run")
         if not explicit or Path(explicit).name != explicit:
@@ -77,7 +79,7 @@ def run_name(explicit: str | None, configs: list[Path]) -> str:
         return job
     if not configs:
         raise UserError("No config and no run was named", fix="--config configs/quickstart.yaml")
-    return config_name(configs[-1])
+    return "-".join(name for name in (config_name(configs[-1]), sweep_run()) if name)
 
 
 def config_name(config: Path) -> str:

@@ -65,6 +65,12 @@ def test_the_wandb_id_is_drawn_once(tmp_path) -> None:
     assert wandb_id(tmp_path / "other") != first
 
 
+def test_in_a_sweep_the_wandb_id_is_the_agents(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    monkeypatch.setenv("WANDB_RUN_ID", "k3x")
+    assert wandb_id(tmp_path) == "k3x"
+
+
 @pytest.mark.parametrize(("mode", "kinds"), [("off", ["JsonlLogger"]), ("offline", ["JsonlLogger", "Wandb"])])
 def test_loggers_of_a_run(tmp_path, mode, kinds) -> None:
     loggers = build_loggers(tmp_path, TrackingOptions(wandb=mode), {}, 0, Clock())

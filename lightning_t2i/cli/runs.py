@@ -68,8 +68,8 @@ def runs_root() -> Path:
 
 
 def run_name(explicit: str | None, configs: list[Path]) -> str:
-    """`--run`, else the id of the SLURM job (of an array's task), else the last config's name, in a sweep of W&B with the
-    id of the training."""
+    """`--run`, else the id of the SLURM job (of an array's task), else the last config's name; in a sweep of W&B the
+    training's id is added."""
     if explicit is not None:
         on_a_disk(explicit, "--run")
         if not explicit or Path(explicit).name != explicit:

@@ -23,11 +23,13 @@ from lightning_t2i.networks.denoiser import Denoiser
 from lightning_t2i.networks.perceptual import PerceptualNetwork
 from lightning_t2i.pictures import to_pil
 from lightning_t2i.processes import sample
+from lightning_t2i.token_pipeline import TokenPipeline
 
 TINY = Path(__file__).parent.parent / "assets/tiny"
 PIPELINES = ("sd", "pixart", "flux", "dmd", "ddpm", "edm")
-STUDENTS = ("dmd",)  # made by the methods; the others are what methods start from
-FOLDERS = ("vae", "vq", "classifier", "perceptual", "clip", *PIPELINES, "pairs", "points", "tokenizers")
+STUDENTS = ("dmd",)
+MADE = (*STUDENTS, "fluid")  # by the methods; the others are what methods start from
+FOLDERS = ("vae", "vq", "classifier", "perceptual", "clip", *PIPELINES, "fluid", "pairs", "points", "tokenizers")
 TEACHERS = ("sd", "pixart", "flux")
 PROMPTS = ["a red circle", "two blue squares", "a green triangle above a yellow cross"]
 
@@ -59,8 +61,8 @@ def test_all_weights_are_small_fp16_safetensors():
             dtypes = {weights.get_tensor(name).dtype for name in weights.keys()}  # noqa: SIM118 (not a dict)
         assert dtypes <= {torch.float16, torch.int64}, file
     contents = {f.read_bytes(): f.relative_to(TINY).parts[0] for f in sorted(TINY.rglob("*")) if f.is_file()}
-    sizes = [(len(content), folder in STUDENTS) for content, folder in contents.items()]  # copies cost git nothing
-    assert sum(size for size, student in sizes if not student) < 25e6
+    sizes = [(len(content), folder in MADE) for content, folder in contents.items()]  # copies cost git nothing
+    assert sum(size for size, made in sizes if not made) < 25e6
     assert sum(size for size, _ in sizes) < 48e6
     assert not [f for f in TINY.rglob("*") if f.suffix in {".bin", ".pt", ".ckpt", ".pkl"}]
 
@@ -70,7 +72,7 @@ def test_no_config_tells_where_it_was_made():
         assert not json.loads(file.read_text()).get("_name_or_path"), file
 
 
-@pytest.mark.parametrize("pipeline", ["sd", "pixart", "flux", "dmd"])
+@pytest.mark.parametrize("pipeline", ["sd", "pixart", "flux", "dmd", "fluid"])
 def test_a_pipeline_holds_the_shipped_autoencoder(pipeline):
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
         assert (TINY / pipeline / "vae" / name).read_bytes() == (TINY / "vae" / name).read_bytes()
@@ -201,6 +203,16 @@ def test_pipeline_draws_what_it_is_asked(scenes, name):
     picture = module.sample(module.condition(records), Keys(0).fork("eval"), records.position)
     p = card["overall"]
     assert score([picture], [records]) > p - 3 * math.sqrt(p * (1 - p) / n)
+
+
+def test_tokens_draw_what_they_are_asked(scenes):
+    """As above."""
+    pipeline, n = TokenPipeline.from_pretrained(TINY / "fluid"), 60
+    p = json.loads((TINY / "fluid/score.json").read_text())
+    records, overall = scenes[0].slice(0, n), p["overall"]
+    assert pipeline.sampling.guidance == p["guidance"]
+    picture = pipeline.sample(pipeline.condition(records), Keys(0).fork("eval"), records.position)
+    assert score([picture], [records]) > overall - 3 * math.sqrt(overall * (1 - overall) / n)
 
 
 def pixels(name: str, z: torch.Tensor, labels: torch.Tensor | None, steps: int, solver: str) -> torch.Tensor:

@@ -121,7 +121,10 @@ class TokenTransformer(ModelMixin, ConfigMixin):
         if self.discrete:
             self.embedding = nn.Embedding(vocabulary, width)
         else:
-            self.token_in, self.token_norm = nn.Linear(channels, width), nn.LayerNorm(width, eps=1e-6)
+            self.token_in = nn.Linear(channels, width)
+        # An embedding is as small as a learned table, and sines of unit size would drown it.
+        small = self.discrete and positions == "learned"
+        self.token_norm = nn.Identity() if small else nn.LayerNorm(width, eps=1e-6)
         self.first = nn.Parameter(torch.empty(width))  # the mask token, or the start of the raster order
         self.null_text = nn.Parameter(torch.empty(width))
         if positions == "learned":
@@ -239,9 +242,8 @@ class TokenTransformer(ModelMixin, ConfigMixin):
         return x if stepwise else torch.cat([self.first.to(x.dtype).expand(len(x), 1, -1), x], 1)
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        if self.discrete:
-            return self.embedding(tokens)
-        return self.token_norm(self.token_in(tokens.to(self.token_in.weight.dtype)))
+        x = self.embedding(tokens) if self.discrete else self.token_in(tokens.to(self.token_in.weight.dtype))
+        return self.token_norm(x)
 
     def _through(self, block: nn.Module, *inputs: Any) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -21,7 +21,7 @@ import math
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,8 +101,21 @@ def overrides(data: dict[str, Any], folder: Path, limit: int | None = None) -> d
     return changed
 
 
-def record(method: str, steps: int | None = None) -> Golden:
+def record(
+    method: str,
+    steps: int | None = None,
+    changes: Mapping[tuple[str, ...], Any] | None = None,
+    strategy: Any = "auto",
+    after: Callable[[Any], None] = lambda method: None,
+) -> Golden:
     """Trains a method's tiny config for a few steps on the CPU, with one thread, in this process.
+
+    Args:
+        method: folder of its configs.
+        steps: None for as many as golden losses have.
+        changes: place in the config -> value.
+        strategy: the trainer's.
+        after: is given the trained method.
 
     Raises:
         UserError: there is no such method, or its config has a mistake.
@@ -118,7 +131,8 @@ def record(method: str, steps: int | None = None) -> Golden:
     limit = BATCH // 2 if method in GENERATIONS else None  # with two seeds each
     folder = ensure("shapes", train=SCENES, val=0, test=0, retrieval=0)
     merged = merge([ROOT / "configs" / method / "tiny.yaml"])
-    for place, value in overrides(merged.config["data"]["init_args"], folder, limit).items():
+    changed = {**overrides(merged.config["data"]["init_args"], folder, limit), **(changes or {})}
+    for place, value in changed.items():
         merged.add(place, value, "lightning_t2i.golden")
     session = Session()
     session.parse(merged, "fit")
@@ -130,6 +144,7 @@ def record(method: str, steps: int | None = None) -> Golden:
             max_epochs=-1,
             accelerator="cpu",
             devices=1,
+            strategy=strategy,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -141,6 +156,7 @@ def record(method: str, steps: int | None = None) -> Golden:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no `val_dataloader`")
             trainer.fit(module, session.data)
+        after(module)
     return Golden(method, dict(module.frozen_identities), losses)
 
 

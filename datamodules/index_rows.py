@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,7 +33,7 @@ def part_path(out: Path, split: str, shard: str) -> Path:
 def index_shard(shard: str, out: Path, split: str, language: str, options: RemoteOptions = RemoteOptions()) -> None:
     """Writes the rows of a shard, and a report of what was left out and why, as one file that appears whole."""
     rows: list[dict[str, Any]] = []
-    report: dict[str, Any] = {"error": None, "skipped": 0, "reasons": {}}
+    report: dict[str, Any] = {"error": None, "skipped": 0, "reasons": {}, "counts": Counter()}
     keys = set[str]()
     try:
         known = beside(shard)
@@ -47,6 +48,7 @@ def index_shard(shard: str, out: Path, split: str, language: str, options: Remot
                     raise
                 except ValueError as reason:
                     report["skipped"] += 1
+                    report["counts"][str(reason)] += 1
                     if len(report["reasons"]) < NAMED:
                         report["reasons"][sample.key] = str(reason)
                     continue

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from datamodules.index_file import FORMAT, Index, index_path, joined
 from datamodules.pack_sources import Place
-from datamodules.pack_stored import read_stored
+from datamodules.pack_stored import read_bytes, read_stored
 from datamodules.parallel import each
 from datamodules.shards import ShardWriter, shard_name, write_index
 
@@ -97,7 +97,7 @@ def join(part: Path, jobs: Sequence[Job], about: Mapping[str, Any]) -> dict[str,
 def read_picture(source: Place | bytes) -> tuple[bytes, str] | str:
     """Bytes and file ending of a picture that decodes to its end, or why it does not."""
     try:
-        data = source if isinstance(source, bytes) else _read(source)
+        data = source if isinstance(source, bytes) else read_bytes(source)
         with Image.open(io.BytesIO(data)) as image:
             image.load()
             if image.format in KEPT:
@@ -109,12 +109,6 @@ def read_picture(source: Place | bytes) -> tuple[bytes, str] | str:
         return "unknown format"
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return str(error)
-
-
-def _read(place: Place) -> bytes:
-    with open(place.file, "rb") as file:
-        file.seek(place.start)
-        return file.read(place.size)
 
 
 def _read_all(places: Sequence[Place]) -> Iterator[tuple[bytes, str] | str]:

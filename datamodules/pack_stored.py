@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datamodules.index_rows import beside
-from datamodules.layouts import Truncated, captions_of, open_shard, read_json, samples
+from datamodules.layouts import Truncated, open_shard, read_told, samples
 from datamodules.left_out import LeftOut
-from datamodules.pack_sources import Place, Told, add_splits, label_of, split_named
+from datamodules.pack_sources import Place, Told, add_splits, split_named
 from datamodules.pack_tables import CAPTION, open_parquet, plain
 from datamodules.remote import RemoteOptions
 from lightning_t2i.errors import UserError
@@ -73,6 +73,13 @@ def read_stored(places: Sequence[Place]) -> Iterator[Place | bytes]:
         for place in some:
             value = column[place.start].as_py()
             yield value["bytes"] if isinstance(value, dict) else value
+
+
+def read_bytes(place: Place) -> bytes:
+    """The bytes of a picture that is a file, or lies in a tar."""
+    with open(place.file, "rb") as file:
+        file.seek(place.start)
+        return file.read(place.size)
 
 
 def picture_column(schema: pa.Schema) -> str | None:
@@ -146,21 +153,15 @@ def _from_tar(found: Stored, path: Path, stem: str, language: str) -> None:
                 if sample.ext is None or name in found.told:
                     found.left_out.add("key used before" if sample.ext else "no picture among the members", [name])
                     continue
-                parts = {}
-                for ext in sorted({"json", "txt", "cls"} & set(sample.members)):
-                    file.seek(sample.members[ext][0])
-                    parts[ext] = file.read(sample.members[ext][1])
+                beside_it = known.get(sample.key.rsplit("/", 1)[-1], {})
                 try:
-                    facts = {**known.get(sample.key.rsplit("/", 1)[-1], {}), **read_json(parts.get("json", b"{}"))}
+                    facts, captions = read_told(file, sample, language, beside_it)
                 except ValueError:
-                    found.left_out.add("its JSON cannot be read", [name])
+                    found.left_out.add("its .json or .cls cannot be read", [name])
                     continue
-                captions = captions_of(facts, parts.get("txt", b"").decode("utf-8", "replace"), language)
-                entry = Told()
                 facts = {n: v for n, v in plain(facts).items() if n not in CAPTION}
+                entry = Told()
                 entry.add_row({**facts, "caption": captions}, f"{path}, {sample.key}", language)
-                if "cls" in parts:
-                    entry.more["label"] = label_of(parts["cls"].decode("utf-8", "replace"), f"{path}, {sample.key}.cls")
                 start, size = sample.members[sample.ext]
                 found.places[name], found.told[name] = Place(str(path), stamp, start, size), entry
     except Truncated as error:

@@ -35,13 +35,15 @@ def find_shards(sources: Sequence[str]) -> list[str]:
     """Tars of folders, of text files that list one a line, and those named themselves, with {000..123} spelled out.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or a folder or file of names is missing.
     """
     from braceexpand import braceexpand
 
     found: list[str] = []
     for source in sources:
         if source.endswith(".txt"):
+            if not Path(source).is_file():
+                raise UserError("No such list of tars", where="URL_OR_FOLDER", given=source)
             found += [line.strip() for line in Path(source).read_text().splitlines() if line.strip()]
             continue
         for name in braceexpand(source):
@@ -49,7 +51,10 @@ def find_shards(sources: Sequence[str]) -> list[str]:
                 found.append(name if is_remote(name) else str(Path(name).resolve()))
             elif is_remote(name):
                 system, path = filesystem(name)
-                listed = sorted(p for p in system.ls(path, detail=False) if p.split("?")[0].endswith(".tar"))
+                try:
+                    listed = sorted(p for p in system.ls(path, detail=False) if p.split("?")[0].endswith(".tar"))
+                except FileNotFoundError as error:
+                    raise UserError("There is no such remote folder", where="URL_OR_FOLDER", given=name) from error
                 found += [system.unstrip_protocol(p) for p in listed]
             else:
                 found += sorted(str(p.resolve()) for p in Path(name).glob("*.tar"))
@@ -156,11 +161,11 @@ def left_out(out: Path, split: str) -> LeftOut:
     """What report-SPLIT.json says was left out: samples by reason, and shards that are missing or cut."""
     found = LeftOut()
     for shard, report in json.loads((out / f"report-{split}.json").read_text(encoding="utf-8")).items():
-        for reason, count in report["counts"].items():
+        for reason, count in report.get("counts", {}).items():
             named = [key for key, why in report["reasons"].items() if why == reason]
             found.add(reason, [f"{Url(shard).name}:{key}" for key in named] or [Url(shard).name], count)
         if report["error"]:
-            found.add("shard", [f"{Url(shard).name}: {report['error']}"])
+            found.add("cannot be read to its end", [f"{Url(shard).name}: {report['error']}"])
     return found
 
 

@@ -57,8 +57,8 @@ class Look:
             self.pictures[language] += 1
             self.lengths.setdefault(language, []).extend(map(len, texts))
             self.chinese[language] += sum(chinese_characters(text) > 0 for text in texts)
-        if seen.label is not None:
-            self.labels[int(seen.label)] += 1
+        if isinstance(seen.label, int):
+            self.labels[seen.label] += 1
         try:
             image = decode(seen.data, SIDE)
         except BadSample as reason:

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from datamodules.left_out import LeftOut, listed
 from datamodules.pack_shards import PIECES, Job, Sample, join, make_shards
 from datamodules.pack_sources import PICTURES, Place, Told, add_classes, find_pictures, read_captions
-from datamodules.pack_stored import find_stored
+from datamodules.pack_stored import archives, find_stored
 from datamodules.pack_tables import KINDS
 from datamodules.shards import TYPES, build, finish
 from lightning_t2i.errors import UserError
@@ -29,7 +29,7 @@ from lightning_t2i.errors import UserError
 SPLIT_NAME = re.compile(r"[A-Za-z0-9_]+")
 KEY_BYTES = 90
 ABSENT = "no picture"
-MEANT = ("not in the annotations",)  # reasons to leave a picture out that are no mistake
+UNMENTIONED, ARCHIVE = "not in the annotations", "archive beside loose pictures"  # left out without --skip-bad
 SKIP = "mend them, or leave them out with --skip-bad"
 
 
@@ -140,6 +140,7 @@ def find(
     places = find_pictures(folder) if folder.is_dir() else {}
     left_out, classes = LeftOut(), []
     if places:
+        left_out.add(ARCHIVE, [path.relative_to(folder).as_posix() for some in archives(folder) for path in some])
         told = read_captions(folder, places, captions, language)
         if class_folders or class_names is not None:
             classes = add_classes(told, places, class_names, language)
@@ -148,13 +149,14 @@ def find(
         places, told, left_out, classes = stored.places, stored.told, stored.left_out, stored.classes
         for option, given in (("--captions", captions), ("--class-folders", class_folders or class_names)):
             if places and given:
-                raise UserError("Of pictures in parquet files and tars the files themselves tell", where=option)
+                fix = f"leave {option} out, or unpack them first"
+                raise UserError("Parquet files and tars say themselves what is in them", where=option, fix=fix)
     if not places:
         allowed = f"{', '.join(PICTURES)}, or .parquet or .tar files that hold pictures"
         raise UserError("No pictures in the folder or below it", where="FOLDER", given=folder, allowed=allowed)
     left_out.add(ABSENT, sorted(set(told) - set(places)))
     if captions is not None and captions.suffix == ".json":  # which pictures belong to the set is what it says
-        left_out.add(MEANT[0], [picture for picture in places if picture not in told])
+        left_out.add(UNMENTIONED, [picture for picture in places if picture not in told])
         places = {picture: place for picture, place in places.items() if picture in told}
     return Plan(places, {picture: told.get(picture, Told()) for picture in places}, left_out, classes)
 
@@ -162,7 +164,7 @@ def find(
 def choose(found: Plan, folder: Path, language: str, default_caption: str | None, skip_bad: bool) -> None:
     """Leaves out pictures without a caption; errors are those of `pack`."""
     for reason, of in found.left_out.facts.items():
-        if reason not in MEANT and not skip_bad:
+        if reason not in (UNMENTIONED, ARCHIVE) and not skip_bad:
             what = "Captions of pictures that are not there" if reason == ABSENT else f"Not to be packed: {reason}"
             raise UserError(what, where=str(folder), given=listed(of["names"]), fix=SKIP)
     silent = [picture for picture, told in found.told.items() if not told.captions]

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from datamodules.layouts import captions_of, read_json
+from datamodules.left_out import listed
 from datamodules.pack_tables import CAPTION, FILE, picture_named, read_text, rows_of, tables_in
 from lightning_t2i.errors import UserError
 
@@ -176,13 +177,17 @@ def add_classes(told: dict[str, Told], pictures: Iterable[str], names: Path | No
     loose = [picture for picture, p in parts.items() if len(p) < depth + 2]
     if loose:
         raise UserError(
-            "Pictures that lie in no folder of a class", where="--class-folders", given=f"{len(loose)}: {loose[0]}"
+            "Pictures that lie in no folder of a class",
+            where="--class-folders",
+            given=listed(loose),
+            allowed="CLASS/... or SPLIT/CLASS/...",
+            fix="move them into folders of classes, or away",
         )
     folders = sorted({p[depth] for p in parts.values()})
     titles = _class_names(names) if names is not None else {name: [name.replace("_", " ")] for name in folders}
     if unknown := [name for name in folders if name not in titles]:
-        given = f"{len(unknown)}: {', '.join(unknown[:10])}"
-        raise UserError("Folders that are no class", where="--class-names", given=given, allowed=list(titles)[:10])
+        fix = "add a line to the file for each"
+        raise UserError("Folders that are no class", where="--class-names", given=listed(unknown), fix=fix)
     labels = {name: number for number, name in enumerate(titles)}
     for picture, p in parts.items():
         entry = told.setdefault(picture, Told())

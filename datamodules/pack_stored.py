@@ -41,9 +41,7 @@ def find_stored(folder: Path, language: str) -> Stored:
     Raises:
         UserError: both kinds of files, or one that cannot be read.
     """
-    files = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if not _hidden(path, folder))
-    tars = [path for path in files if path.suffix == ".tar"]
-    tables = [path for path in files if path.suffix == ".parquet" and picture_column(open_parquet(path).schema_arrow)]
+    tars, tables = archives(folder)
     if tars and tables:
         given = f"{tables[0].name}, {tars[0].name}"
         raise UserError(
@@ -58,6 +56,13 @@ def find_stored(folder: Path, language: str) -> Stored:
         splits |= dict.fromkeys(itertools.islice(found.told, known, None), split_named(stem))
     add_splits(found.told, splits)
     return found
+
+
+def archives(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Tars, and parquet files with a column of pictures, of a folder and below it, or the one file."""
+    files = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if not _hidden(path, folder))
+    tables = [path for path in files if path.suffix == ".parquet" and picture_column(open_parquet(path).schema_arrow)]
+    return [path for path in files if path.suffix == ".tar"], tables
 
 
 def read_stored(places: Sequence[Place]) -> Iterator[Place | bytes]:

@@ -21,6 +21,7 @@ from datamodules import pack_shards
 from datamodules.image_text import ImageText
 from datamodules.index import main as index
 from datamodules.pack import main, pack
+from datamodules.parallel import each
 from datamodules.records import Shards
 from datamodules.retrieval import RetrievalPairs
 from lightning_t2i.errors import UserError
@@ -120,6 +121,8 @@ def test_parquet_table_names_the_pictures_beside_it(tmp_path):
     pq.write_table(pa.table({"url": ["x"]}), tmp_path / "set" / "00000.parquet")  # img2dataset's, names no picture
     found = contents(pack(tmp_path / "set", tmp_path / "out"))
     assert [found[i][1]["caption"]["en"] for i in range(3)] == [["a", "b"], ["c"], ["d"]]
+    tar(tmp_path / "set" / "backup.tar", {"0.png": encoded(0, "png")})
+    assert skipped(pack(tmp_path / "set", tmp_path / "again")) == {"archive beside loose pictures": ["backup.tar"]}
     put(tmp_path / "bad" / "x.parquet", b"no parquet")
     assert "x.parquet" in fails("Not a parquet file", tmp_path / "bad", tmp_path / "out2")
 
@@ -302,6 +305,11 @@ def test_workers_write_the_same_bytes(tmp_path):
     assert not [path for path in one.iterdir() if path.name.startswith(".")]
 
 
+def test_a_killed_worker_is_a_users_error():
+    with pytest.raises(UserError, match="worker process was killed"):
+        list(each(os._exit, [3], workers=2))
+
+
 def test_a_killed_pack_goes_on_with_the_shards_that_are_missing(tmp_path, repo):
     source, out = many(tmp_path / "set"), tmp_path / "out"
     whole = hashes(pack(source, tmp_path / "whole", samples_per_shard=5, val=0, test=0, name="x"))
@@ -312,7 +320,7 @@ def test_a_killed_pack_goes_on_with_the_shards_that_are_missing(tmp_path, repo):
     command += ["--samples-per-shard", "5", "--name", "x"]
     process = subprocess.Popen(command, cwd=repo, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     part = tmp_path / ".out.part"
-    while len(list(part.glob("*.tar"))) < 5:
+    while len(list(part.glob(".pieces/*.parquet"))) < 5:
         assert process.poll() is None
         time.sleep(0.02)
     process.kill()
@@ -339,11 +347,11 @@ def test_a_killed_pack_goes_on_with_the_shards_that_are_missing(tmp_path, repo):
 def test_pictures_that_cannot_be_read_cost_nothing_twice(tmp_path):
     source = many(tmp_path / "set", 12)
     (source / "003.webp").write_bytes(b"bad")
-    said = fails("cannot be read", source, tmp_path / "out", samples_per_shard=2, val=0, test=0)
+    said = fails("cannot be read", source, tmp_path / "out", samples_per_shard=1, val=0, test=0)
     assert "003.webp: unknown format" in said and ".out.part" in said
     made = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".out.part").glob("*.tar")}
-    out = pack(source, tmp_path / "out", samples_per_shard=2, val=0, test=0, skip_bad=True)
-    assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")} == made and len(made) == 6
+    out = pack(source, tmp_path / "out", samples_per_shard=1, val=0, test=0, skip_bad=True)
+    assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")} == made and len(made) == 11
     assert len(contents(out)) == 11
 
 

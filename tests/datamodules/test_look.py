@@ -62,7 +62,8 @@ def test_numbers_of_a_data_set_folder(tmp_path, capsys) -> None:
     assert "shorter side 8 pixels" in said and "width / height 1.5" in said and "png 38" in said
     assert "20, labels 0 to 19" in said
     assert "unreadable  2: k0003: picture: unknown format, k0003" in said
-    assert "over splits" in said and "train/k0000 = " in said and "= val/k0000" in said
+    assert "37 look as another picture does; 1 groups, 1 over splits" in said  # their red values are 0 to 19
+    assert "train/k0000 = train/k0001 = train/k0002 = train/k0004 = ..." in said
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert sheet.shape[1] == 6 * 200 and (sheet < 100).any()
     assert run(folder, tmp_path, "--samples", "10") == 0

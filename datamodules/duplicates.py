@@ -10,7 +10,7 @@ from PIL import Image
 BANDS = 8  # of 8 bits: two hashes that differ in fewer bits than there are bands have a band in common
 NEAR = BANDS - 1  # bits
 SIDE = 16  # pixels of a thumbnail
-CLOSE = 24  # of 255: most that any pixel of two thumbnails differs
+CLOSE = 32  # of 255: most that any pixel of two thumbnails differs
 
 
 def difference_hash(image: Image.Image) -> int:

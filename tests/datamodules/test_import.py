@@ -100,12 +100,14 @@ def test_parquet_of_img2dataset_keeps_its_fields_and_names_failed_rows(tmp_path,
         {"jpg": encoded(i, "png") if i != 2 else None, "caption": f"no. {i}", "width": 10, "aesthetic": i / 2,
          "status": "success" if i != 2 else "failed_to_download", "exif": None} for i in range(5)
     ]  # fmt: skip
+    rows.append({**rows[0], "jpg": None})
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "00000.parquet")
     assert "no picture in the row" in fails("Not to be packed", tmp_path / "00000.parquet", tmp_path / "out")
     arguments = [str(tmp_path / "00000.parquet"), str(tmp_path / "out"), "--val", "0", "--test", "0", "--skip-bad"]
     assert main(arguments) == 0
     said = capsys.readouterr().out
-    assert "train 4" in said and "left out: 1" in said and "00000/00000002.parquet" in said and "report.json" in said
+    assert "train 4" in said and "left out: 2" in said and "report.json" in said
+    assert "no picture in the row  2: 00000/00000002.parquet, 00000/00000005.parquet" in said
     found = contents(tmp_path / "out")
     assert set(found) == {0, 1, 3, 4} and found[3][1]["aesthetic"] == 1.5 and "exif" not in found[3][1]
     stream = ImageText(str(tmp_path / "out"), where={"aesthetic": [0.5, 1.5], "caption_length": [1, 9]})

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datamodules.remote import Url, is_remote
@@ -66,6 +68,16 @@ class Index:
 
     def __len__(self) -> int:
         return len(self._columns["shard"])
+
+
+def joined(pieces: Sequence[pa.Table]) -> pa.Table:
+    """One table of pieces that have a shard each; languages that a piece does not have are false in its rows."""
+    tables = [t.set_column(0, "shard", pa.array([k] * len(t), pa.int32())) for k, t in enumerate(pieces)]
+    table = pa.concat_tables([t.replace_schema_metadata(None) for t in tables], promote_options="default")
+    for i, name in enumerate(table.column_names):
+        if table[name].null_count:
+            table = table.set_column(i, name, table[name].fill_null(False))
+    return table
 
 
 def index_path(folder: Path, split: str) -> Path:

@@ -266,6 +266,8 @@ class Shards:
         if language is None:
             return meta
         text = self._read(row, "txt_offset", "txt_size").decode("utf-8", "replace")
+        if "label" in self.index.columns and not np.isnan(label := self.index["label"][self.rows[row]]):
+            meta = {**meta, "label": int(label)}  # of a .cls, or of metadata beside the shard
         return {**meta, "caption": captions_of(meta, text, language)}
 
     def ahead(self, rows: Sequence[int]) -> None:

@@ -32,8 +32,9 @@ from PIL import Image
 
 from benchmarks.rendering import tables
 from datamodules.encode import encode
-from datamodules.image_text import ImageText, to_images
+from datamodules.image_text import ImageText
 from datamodules.order import GlobalOrder
+from datamodules.pictures import to_images
 from datamodules.shards import ShardWriter
 from datamodules.streams import StreamLoader
 

@@ -24,7 +24,7 @@ from datamodules.layouts import captions_of, read_json
 from datamodules.order import GlobalOrder, finite_batches
 from datamodules.pictures import BadSample, decode
 from datamodules.remote import RemoteOptions, Url
-from lightning_t2i.batch import Records
+from lightning_t2i.batch import Cond, Records
 from lightning_t2i.errors import UserError
 from lightning_t2i.keys import Keys
 from lightning_t2i.paths import resolve
@@ -130,24 +130,40 @@ def sample_id(data_set: str, split: str, key: str) -> int:
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
+def captions_in(meta: dict[str, Any], languages: Sequence[str]) -> list[str]:
+    """A sample's captions in `languages`, in their order, without empty ones."""
+    return [text for language in languages for text in meta.get("caption", {}).get(language, []) if text.strip()]
+
+
 def choose_caption(meta: dict[str, Any], languages: Sequence[str], u: float) -> str:
     """One of a sample's captions in `languages`, each equally likely for u uniform in (0, 1).
 
     Raises:
         BadSample: there is none.
     """
-    captions = [text for language in languages for text in meta.get("caption", {}).get(language, []) if text.strip()]
+    captions = captions_in(meta, languages)
     if not captions:
         raise BadSample(f"no caption in {', '.join(languages)}")
     return captions[int(u * len(captions))]
 
 
 def captioned(
-    source: Any, keys: Keys, languages: Sequence[str], rows: Sequence[int], metas: Sequence[dict], positions: Tensor
+    source: Any,
+    keys: Keys,
+    languages: Sequence[str],
+    rows: Sequence[int],
+    metas: Sequence[dict],
+    positions: Tensor,
+    texts: Callable[[Sequence[int], Sequence[float]], Cond] | None = None,
 ) -> Records:
-    """Records of `rows` with drawn captions; labels and scenes where every sample has them."""
+    """Records of `rows` with drawn captions; labels and scenes where every sample has them.
+
+    Args:
+        texts: the conditions of the captions that the rows have at draws in (0, 1).
+    """
     draws = keys.uniform("caption", positions, dtype=torch.float64).tolist()
     return Records(
+        cond=texts(rows, draws) if texts is not None else None,
         id=torch.tensor([source.id(row) for row in rows]),
         position=positions,
         caption=[choose_caption(meta, languages, u) for meta, u in zip(metas, draws, strict=True)],

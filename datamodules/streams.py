@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.order import batch_positions
 from datamodules.records import Stream
+from datamodules.text_cache import refuse_other_encoders
 from lightning_t2i.batch import Batch, Records
 from lightning_t2i.errors import UserError
 from lightning_t2i.slurm import outlive_signals
@@ -224,6 +225,7 @@ class Streams(L.LightningDataModule):
 
     def _loader(self, streams: dict[str, Stream], finite: bool, workers: int) -> StreamLoader:
         trainer = self.trainer
+        refuse_other_encoders(getattr(trainer, "lightning_module", None), streams)
         return StreamLoader(
             streams,
             (lambda name: 0) if finite else (lambda name: self.cursors()[name]),

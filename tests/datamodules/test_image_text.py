@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.image_text import ImageText, square
+from datamodules.image_text import ImageText
+from datamodules.pictures import square
 from datamodules.records import sample_id
 from lightning_t2i.errors import UserError
 

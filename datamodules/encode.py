@@ -121,7 +121,7 @@ class Latents:
             raise BadSample(reason)
 
     def take(self, rows: Sequence[int] | np.ndarray, views: np.ndarray | None = None) -> Tensor:
-        """Latents of `rows`: float32 [B, C, h, w].
+        """Latents of `rows`, as they are stored: float16 [B, C, h, w].
 
         Args:
             views: which view of each, int64 [B]; None is the first.
@@ -135,7 +135,7 @@ class Latents:
                 self._open[shard] = found.reshape(-1, *self.shape)
             chosen = shards == shard
             out[chosen] = self._open[shard][places[chosen]]
-        return torch.from_numpy(out).to(torch.float32)
+        return torch.from_numpy(out)
 
 
 def encode(

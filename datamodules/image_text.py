@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datamodules.captioned import Captioned
 from datamodules.encode import Latents, Views, encode
 from datamodules.pictures import square, to_images
 from datamodules.records import Shards, captioned, choose_caption, data_folder
 from datamodules.remote import RemoteOptions
-from datamodules.text_cache import Captioned, TextCache
+from datamodules.text_cache import TextCache
 from lightning_t2i.batch import Records
 from lightning_t2i.errors import UserError
 
@@ -22,7 +23,7 @@ from lightning_t2i.errors import UserError
 class ImageText(Captioned):
     """Pictures and captions of one split, drawn by (seed, position) only.
 
-    Batches hold `image` in [-1, 1] or `latent`, `caption` (and `cond`), `label` and `scene` where the data set has them.
+    Batches hold `image` in [-1, 1] or `latent`, `caption` (and `cond`), and `label` and `scene` where they are there.
 
     Args:
         source: an embedded world ("shapes", "openmoji") or a data-set folder.
@@ -87,7 +88,7 @@ class ImageText(Captioned):
     def prepare(self) -> None:
         folder = data_folder(self.source)
         if self.latents is not None:
-            encode(folder, self.split, self.latents, self.size, views=self._views)
+            encode(folder, self.split, self.latents, self.size, views=self.views)
         self.make_texts(folder)
 
     def setup(self) -> None:
@@ -104,11 +105,12 @@ class ImageText(Captioned):
             self.block,
         )
         if self.latents is not None:
-            self._latents = Latents(self.shards, self.latents, self.size, self._views)
+            self._latents = Latents(self.shards, self.latents, self.size, self.views)
         self.open_texts(self.shards)
 
     @property
-    def _views(self) -> Views:
+    def views(self) -> Views:
+        """What of each picture the cache of latents has."""
         return Views(self.crops, self.flip)
 
     def __len__(self) -> int:
@@ -147,7 +149,7 @@ class ImageText(Captioned):
         used, metas = [row for row, _ in found], [meta for _, (meta, _) in found]
         records = captioned(self.shards, self.keys, self.languages, used, metas, positions, self.texts)
         if self.latents is not None:
-            records.latent = self._latents.take(used, self._views.draw(self.keys, positions))
+            records.latent = self._latents.take(used, self.views.draw(self.keys, positions))
             return records
         records.image = to_images(np.stack([picture for _, (_, picture) in found]))
         if self.flip:

@@ -11,8 +11,9 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
+from datamodules.captioned import Captioned
 from datamodules.records import BadSample, Shards, captioned, choose_caption, data_folder, sample_id
-from datamodules.text_cache import Captioned, TextCache
+from datamodules.text_cache import TextCache
 from lightning_t2i.batch import Records
 from lightning_t2i.errors import UserError
 from lightning_t2i.paths import resolve

@@ -230,7 +230,7 @@ class Shards:
                 raise UserError(f"A shard named by the index is {state}", where=str(folder), given=path, fix=fix)
         rows = np.arange(len(self.index))
         if languages is not None:
-            rows = rows[self._speaks(languages)]
+            rows = rows[self.speaks(languages)]
         if where:
             rows = rows[passing(self.index, where)[rows]]
         self.rows = rows[:limit]
@@ -241,7 +241,12 @@ class Shards:
         remotely = any(isinstance(path, Url) for path in self.index.shards)
         self.extents = Extents(self.index, self.rows, remote, lanes, block) if remotely else None
 
-    def _speaks(self, languages: Sequence[str]) -> np.ndarray:
+    def speaks(self, languages: Sequence[str]) -> np.ndarray:
+        """Which rows of the index have a caption in one of the languages.
+
+        Raises:
+            UserError: a language that no sample has.
+        """
         known = [name.removeprefix("caption_") for name in self.index.columns if name.startswith("caption_")]
         for language in languages:
             if language not in known:

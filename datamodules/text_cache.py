@@ -14,13 +14,13 @@ is mapped into memory when read; captions that a shard has twice are there once:
 
     storage   bytes of a token   error of a value x of a token with largest value m
     fp32      4 D                none
-    bf16      2 D                |x| / 2^8
+    bf16      2 D                |x| / 2^8, of what is not subnormal
     fp8       D + 4              |x| / 2^4 or m / 448 / 2^10, the larger: e4m3 with one scale a token (arXiv 2209.05433)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,11 +29,11 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from datamodules.caches import Cache, Make, Places, default_device
+from datamodules.caches import Cache, Make, Places
 from datamodules.pictures import BadSample
-from datamodules.records import Shards, Stream, captions_in
+from datamodules.records import Shards, captions_in
 from lightning_t2i.batch import Cond
 from lightning_t2i.errors import UserError
 from lightning_t2i.frozen import freeze
@@ -82,13 +82,19 @@ def bytes_of_token(width: int, storage: str) -> int:
     return width * STORAGES[storage].itemsize + (4 if storage == "fp8" else 0)
 
 
+def text_folder(folder: Path, options: TextCache, languages: Sequence[str]) -> Path:
+    """Where the embeddings of a data-set folder lie."""
+    name = text_identity(options.encoder, options.revision).removeprefix("sha256:")
+    name = name.replace("/", "--").replace("@", "-")
+    return folder / f"text-{name}-{options.storage}-{'-'.join(languages)}"
+
+
 def text_cache(shards: Shards, options: TextCache, languages: Sequence[str]) -> Cache:
-    """Where the embeddings of a split's captions lie, and what they depend on."""
+    """The embeddings of a split's captions, and what they depend on."""
     identity = text_identity(options.encoder, options.revision)
     facts = {"format": FORMAT, "encoder": identity, "index": shards.index.sha, "languages": list(languages)}
     facts |= {"length": options.length, "storage": options.storage}
-    name = identity.removeprefix("sha256:").replace("/", "--").replace("@", "-")
-    folder = shards.folder / f"text-{name}-{options.storage}-{'-'.join(languages)}"
+    folder = text_folder(shards.folder, options, languages)
     words = [f"--text {options.encoder} --source {shards.folder} --split {shards.split} --storage {options.storage}"]
     words += [f"--revision {options.revision}"] if options.revision else []
     words += [f"--length {options.length}"] if options.length else []
@@ -132,7 +138,7 @@ class Texts:
             draws: in (0, 1); they choose as `datamodules.records.choose_caption` does.
         """
         _, shards, places = self._places(rows)
-        found = [self._caption(*where, u) for *where, u in zip(shards.tolist(), places.tolist(), draws, strict=True)]
+        found = [self._caption(*one) for one in zip(shards.tolist(), places.tolist(), draws, strict=True)]
         masks, known = self.about["masks"], self._shard(int(shards[0]))
         length = max(len(tokens) for tokens, _ in found) if masks and self.options.trim else self.about["tokens"]
         embeds = torch.zeros(len(found), length, known["tokens"].shape[1])
@@ -190,9 +196,11 @@ def encode_texts(
         The folder of the embeddings.
 
     Raises:
-        UserError: embeddings from other data or of another format are in the way, or a value is not finite.
+        UserError: embeddings from other data or of another format are in the way, a value is not finite, or nothing is
+            in a language.
     """
     shards = Shards(folder, split)
+    shards.speaks(languages)
     cache = text_cache(shards, options, languages)
 
     def start() -> Make:
@@ -272,69 +280,3 @@ def _merged(reports: list[Any]) -> dict[str, Any]:
         "tokens": lengths.get("t5") or lengths["clip"],
         "relative_error": (error / max(total, 1e-30)) ** 0.5,
     }
-
-
-class Captioned(Stream):
-    """A stream of a data set whose captions may be encoded already.
-
-    Attributes:
-        text: whether the method encodes captions in the training ("online"), or the batch holds their conditions.
-        text_cache: which ones.
-        texts: reads them, after `open_texts`.
-    """
-
-    languages: tuple[str, ...]
-    split: str
-    text: Literal["online", "cached"] = "online"
-    text_cache: TextCache | None = None
-    texts: Texts | None = None
-
-    def choose_text(self, text: Literal["online", "cached"], options: TextCache | None) -> None:
-        """Raises UserError where embeddings are asked for and nobody says which."""
-        if text == "cached" and options is None:
-            fix = "text_cache: {encoder: PIPELINE}"
-            raise UserError("Cached captions of which text encoder?", where="text_cache", given="null", fix=fix)
-        self.text, self.text_cache = text, options
-
-    def make_texts(self, folder: Path) -> None:
-        """Encodes what is not encoded yet."""
-        if self.text == "cached" and self.text_cache is not None:
-            encode_texts(folder, self.split, self.text_cache, self.languages, device=default_device())
-
-    def open_texts(self, shards: Shards) -> None:
-        """Maps the embeddings into memory."""
-        if self.text == "cached" and self.text_cache is not None:
-            self.texts = Texts(shards, self.text_cache, self.languages)
-
-
-def refuse_other_encoders(method: Any, streams: Mapping[str, Any]) -> None:
-    """Refuses cached conditions that are not what a method's own text encoders would give.
-
-    Args:
-        method: built.
-        streams: name -> stream.
-
-    Raises:
-        UserError: the method trains its text encoder, has another one, cuts captions elsewhere, or adds to conditions.
-    """
-    modules = list(method.modules()) if isinstance(method, nn.Module) else []
-    encoders = [module for module in modules if isinstance(module, TextEncoder)]
-    told = any(getattr(getattr(module, "config", None), "guidance_embeds", False) for module in modules)
-    for name, stream in streams.items():
-        texts: Texts | None = getattr(stream, "texts", None)
-        if texts is None:
-            continue
-        where, fix = f"data.{name}.text", "text: online, or a text_cache of what the method has"
-        if told:
-            what = "A guidance-distilled network is told a scale with its captions, which no cache has"
-            raise UserError(what, where=where, given="cached", fix="text: online")
-        for encoder in encoders:
-            if any(p.requires_grad for p in encoder.parameters()):
-                what = "The captions of a text encoder that is trained cannot be cached"
-                raise UserError(what, where=where, given="cached", fix="text: online")
-            ours = {"encoder": text_identity(*encoder.source) if encoder.source else "random weights"}
-            ours |= {"lengths": encoder.lengths, "zero_null": encoder.zero_null}
-            for fact, value in ours.items():
-                if texts.about[fact] != value:
-                    what = f"The cached text embeddings are not of the method's text encoder: '{fact}' differs"
-                    raise UserError(what, where=where, given=texts.about[fact], allowed=str(value), fix=fix)

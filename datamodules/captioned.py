@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from datamodules.caches import default_device
-from datamodules.records import Shards, Stream
+from datamodules.records import Shards, Stream, captioned
 from datamodules.text_cache import TextCache, Texts, encode_texts
+from lightning_t2i.batch import Records
 from lightning_t2i.errors import UserError
 from lightning_t2i.networks.text_encoder import TextEncoder, text_identity
 
@@ -46,6 +48,14 @@ class Captioned(Stream):
         """Maps the embeddings into memory."""
         if self.text == "cached" and self.text_cache is not None:
             self.texts = Texts(shards, self.text_cache, self.languages)
+
+    def captioned(self, source: Any, rows: Sequence[int], metas: Sequence[dict], positions: Tensor) -> Records:
+        """Records of `rows` with drawn captions and, where they are cached, the conditions of just these."""
+        records = captioned(source, self.keys, self.languages, rows, metas, positions)
+        if self.texts is not None:
+            draws = self.keys.uniform("caption", positions, dtype=torch.float64)  # those that chose the captions
+            records.cond = self.texts(rows, draws.tolist())
+        return records
 
 
 def refuse_other_encoders(method: Any, streams: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from datamodules.captioned import Captioned
 from datamodules.encode import Latents, Views, encode
 from datamodules.pictures import square, to_images
-from datamodules.records import Shards, captioned, choose_caption, data_folder
+from datamodules.records import Shards, choose_caption, data_folder
 from datamodules.remote import RemoteOptions
 from datamodules.text_cache import TextCache
 from lightning_t2i.batch import Records
@@ -147,7 +147,7 @@ class ImageText(Captioned):
                 for row, place in zip(rows, where.tolist(), strict=True)
             ]
         used, metas = [row for row, _ in found], [meta for _, (meta, _) in found]
-        records = captioned(self.shards, self.keys, self.languages, used, metas, positions, self.texts)
+        records = self.captioned(self.shards, used, metas, positions)
         if self.latents is not None:
             records.latent = self._latents.take(used, self.views.draw(self.keys, positions))
             return records

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from datamodules.captioned import Captioned
-from datamodules.records import BadSample, Shards, captioned, choose_caption, data_folder, sample_id
+from datamodules.records import BadSample, Shards, choose_caption, data_folder, sample_id
 from datamodules.text_cache import TextCache
 from lightning_t2i.batch import Records
 from lightning_t2i.errors import UserError
@@ -153,4 +153,4 @@ class Prompts(Captioned):
 
     def fetch(self, rows: np.ndarray, positions: Tensor) -> Records:
         used, metas = zip(*(self.read_good(int(row), self._read, self.prompts.title) for row in rows), strict=True)
-        return captioned(self.prompts, self.keys, self.languages, used, metas, positions, self.texts)
+        return self.captioned(self.prompts, used, metas, positions)

@@ -24,7 +24,7 @@ from datamodules.layouts import captions_of, read_json
 from datamodules.order import GlobalOrder, finite_batches
 from datamodules.pictures import BadSample, decode
 from datamodules.remote import RemoteOptions, Url
-from lightning_t2i.batch import Cond, Records
+from lightning_t2i.batch import Records
 from lightning_t2i.errors import UserError
 from lightning_t2i.keys import Keys
 from lightning_t2i.paths import resolve
@@ -148,22 +148,11 @@ def choose_caption(meta: dict[str, Any], languages: Sequence[str], u: float) -> 
 
 
 def captioned(
-    source: Any,
-    keys: Keys,
-    languages: Sequence[str],
-    rows: Sequence[int],
-    metas: Sequence[dict],
-    positions: Tensor,
-    texts: Callable[[Sequence[int], Sequence[float]], Cond] | None = None,
+    source: Any, keys: Keys, languages: Sequence[str], rows: Sequence[int], metas: Sequence[dict], positions: Tensor
 ) -> Records:
-    """Records of `rows` with drawn captions; labels and scenes where every sample has them.
-
-    Args:
-        texts: the conditions of the captions that the rows have at draws in (0, 1).
-    """
+    """Records of `rows` with drawn captions; labels and scenes where every sample has them."""
     draws = keys.uniform("caption", positions, dtype=torch.float64).tolist()
     return Records(
-        cond=texts(rows, draws) if texts is not None else None,
         id=torch.tensor([source.id(row) for row in rows]),
         position=positions,
         caption=[choose_caption(meta, languages, u) for meta, u in zip(metas, draws, strict=True)],

@@ -69,7 +69,7 @@ def method(request):
     return found
 
 
-@pytest.mark.parametrize(("storage", "bound"), [("fp32", 1e-6), ("bf16", 1e-3), ("fp8", 1e-2)])
+@pytest.mark.parametrize(("storage", "bound"), [("fp32", 1e-5), ("bf16", 1e-4), ("fp8", 1e-3)])
 def test_the_loss_is_that_of_captions_encoded_online(folder, method, storage, bound):
     """A T5 pipeline and a CLIP one, null conditions among them; nothing of the method knows of the cache."""
     online = begun(folder, "").load(np.arange(40), 0)
@@ -84,7 +84,7 @@ def test_the_loss_is_that_of_captions_encoded_online(folder, method, storage, bo
     torch.testing.assert_close(losses[1], losses[0], rtol=bound, atol=0)
     assert conds[1] is cached.cond and conds[1].embeds.dtype == torch.float32
     ours, theirs = (cond.embeds if cond.mask is None else cond.embeds * cond.mask[..., None] for cond in conds[::-1])
-    assert (ours - theirs).norm() <= {"fp32": 1e-6, "bf16": 2.0**-8, "fp8": 2.0**-4}[storage] * theirs.norm()
+    assert (ours - theirs).norm() <= {"fp32": 1e-5, "bf16": 2.0**-8, "fp8": 2.0**-4}[storage] * theirs.norm()
     assert conds[0].mask is None or torch.equal(conds[0].mask, conds[1].mask)
     other = method.loss(cached, method.denoiser, conds[1].index(torch.arange(39, -1, -1)), method.keys)
     print(
@@ -255,11 +255,12 @@ def test_a_method_with_another_text_encoder_is_refused(folder, method):
 
 
 def test_prompts_have_conditions_too_and_options_that_cannot_be_meant_are_refused(folder, tmp_path):
-    ours, whole = begun(folder, SD, kind=Prompts).load(np.arange(30), 0), begun(folder, SD).load(np.arange(30), 0)
+    stream = begun(folder, SD)
+    ours, whole = begun(folder, SD, kind=Prompts).load(np.arange(30), 0), stream.load(np.arange(30), 0)
     assert ours.caption == whole.caption and torch.equal(ours.cond.embeds, whole.cond.embeds)
     maps = Path("/proc/self/maps")
     assert not maps.is_file() or "/train-000000.safetensors" in maps.read_text(), "mapped, not read"
-    again = pickle.loads(pickle.dumps(begun(folder, SD)))  # as a worker gets it
+    again = pickle.loads(pickle.dumps(stream))  # as a worker gets it
     assert torch.equal(again.load(np.arange(30), 0).cond.embeds, whole.cond.embeds)
     with pytest.raises(UserError, match="which text encoder"):
         ImageText(str(folder), text="cached")

@@ -32,12 +32,14 @@ from PIL import Image
 
 from benchmarks.rendering import tables
 from datamodules.encode import encode
-from datamodules.image_text import ImageText, to_images
+from datamodules.image_text import ImageText
 from datamodules.order import GlobalOrder
+from datamodules.pictures import to_images
 from datamodules.shards import ShardWriter
 from datamodules.streams import StreamLoader
 
 BATCH = 64
+DECODED, MAPPED = 1.3, 50.0  # goals: decoded pictures against webdataset's, latents against decoded pictures
 SETS = {"small": ("png", (32, 32), 32), "large": ("jpg", (640, 480), 256)}  # name -> format, stored size, size read
 
 
@@ -154,7 +156,7 @@ def small_vae(folder: Path) -> str:
 
 
 def compare(samples: int, workers: Sequence[int], rounds: int, sets: Sequence[str]) -> list[list[Any]]:
-    """Rows of (pictures, workers, contestant, median samples per second, the same over webdataset's)."""
+    """Rows of (pictures, workers, contestant, median samples per second, the same over webdataset's, over ours)."""
     rows: list[list[Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         vae = small_vae(Path(temporary) / "vae")
@@ -179,9 +181,26 @@ def compare(samples: int, workers: Sequence[int], rounds: int, sets: Sequence[st
                     for label, start in contestants.items():
                         rates[label].append(rate(start(), samples))
                 medians = {label: statistics.median(values) for label, values in rates.items()}
-                reference = medians["webdataset, decoded"]
-                rows += [[name, count, label, value, value / reference] for label, value in medians.items()]
+                references = [medians[f"{whose}, decoded"] for whose in ("webdataset", "ours")]
+                rows += [
+                    [name, count, label, value, *(value / r for r in references)] for label, value in medians.items()
+                ]
     return rows
+
+
+def goals(rows: list[list[Any]]) -> list[list[Any]]:
+    """Rows of (pictures, workers, what, times, goal, whether it is met).
+
+    Decoded pictures are measured against webdataset's own decoding. Cached latents are against our decoded pictures,
+    where there is something to decode: a picture of 32 x 32 takes hardly longer than its latent.
+    """
+    found: list[list[Any]] = []
+    for name, workers, label, _, against_webdataset, against_decoded in rows:
+        if label == "ours, decoded":
+            found.append([name, workers, "decoded, against webdataset", against_webdataset, DECODED])
+        elif label.startswith("ours, latents") and name == "large":
+            found.append([name, workers, f"{label.removeprefix('ours, ')}, against decoded", against_decoded, MAPPED])
+    return [[*row, "yes" if row[3] >= row[4] else "no"] for row in found]
 
 
 def plan_cost(n: int) -> list[tuple[str, float]]:
@@ -206,8 +225,11 @@ def result(rows: list[list[Any]]) -> dict[str, Any]:
         ["contestant", ""],
         ["samples/s", ",.0f"],
         ["against webdataset", ".2f"],
+        ["against ours, decoded", ".2f"],
     ]
-    return {"title": "Reading pictures", "tables": [{"columns": columns, "rows": rows}]}
+    aims = [["pictures", ""], ["workers", "d"], ["what", ""], ["times", ".2f"], ["goal", "g"], ["met", ""]]
+    found = [{"columns": columns, "rows": rows}, {"columns": aims, "rows": goals(rows)}]
+    return {"title": "Reading pictures", "tables": found}
 
 
 def measure(quick: bool = False) -> dict[str, Any]:

@@ -6,12 +6,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
 
-from datamodules.records import BadSample, Shards, Stream, captioned, choose_caption, data_folder, sample_id
+from datamodules.captioned import Captioned
+from datamodules.records import BadSample, Shards, choose_caption, data_folder, sample_id
+from datamodules.text_cache import TextCache
 from lightning_t2i.batch import Records
 from lightning_t2i.errors import UserError
 from lightning_t2i.paths import resolve
@@ -79,10 +81,10 @@ class PromptFile:
         return sample_id(self.name, "prompts", str(row))
 
 
-class Prompts(Stream):
+class Prompts(Captioned):
     """Prompts of a data set or a file; no picture is ever opened.
 
-    Batches hold `caption`, and `label` and `scene` where the source has them.
+    Batches hold `caption` (and `cond`), and `label` and `scene` where the source has them.
 
     Args:
         source: an embedded world, a data-set folder, or a .txt or .jsonl file (see `PromptFile`).
@@ -92,6 +94,7 @@ class Prompts(Stream):
         limit: use only the first so many samples.
         lanes, block: see `datamodules.order.GlobalOrder`.
         max_bad_fraction: see `datamodules.records.Stream`.
+        text, text_cache: see `datamodules.image_text.ImageText`; of data sets, not of files.
     """
 
     prompts: Shards | PromptFile  # after `setup`
@@ -106,11 +109,16 @@ class Prompts(Stream):
         lanes: int = 1024,
         block: int = 256,
         max_bad_fraction: float = 0.01,
+        text: Literal["online", "cached"] = "online",
+        text_cache: TextCache | None = None,
     ):
         if not languages:
             raise UserError("No language to take prompts from", where="languages", given=list(languages))
         self.source, self.split, self.batch_size, self.languages = source, split, batch_size, tuple(languages)
         self.limit, self.lanes, self.block, self.max_bad_fraction = limit, lanes, block, max_bad_fraction
+        self.choose_text(text, text_cache)
+        if text == "cached" and self._is_file:
+            raise UserError("Captions of a file are not cached", where="text", given=text, allowed="online")
 
     @property
     def _is_file(self) -> bool:
@@ -118,13 +126,14 @@ class Prompts(Stream):
 
     def prepare(self) -> None:
         if not self._is_file:
-            data_folder(self.source)
+            self.make_texts(data_folder(self.source))
 
     def setup(self) -> None:
         if hasattr(self, "prompts"):
             return
         if not self._is_file:
             self.prompts = Shards(data_folder(self.source), self.split, self.languages, self.limit)
+            self.open_texts(self.prompts)
         elif resolve(self.source).is_file():
             self.prompts = PromptFile(resolve(self.source), self.languages, self.limit)
         else:
@@ -144,4 +153,4 @@ class Prompts(Stream):
 
     def fetch(self, rows: np.ndarray, positions: Tensor) -> Records:
         used, metas = zip(*(self.read_good(int(row), self._read, self.prompts.title) for row in rows), strict=True)
-        return captioned(self.prompts, self.keys, self.languages, used, metas, positions)
+        return self.captioned(self.prompts, used, metas, positions)

@@ -130,13 +130,18 @@ def sample_id(data_set: str, split: str, key: str) -> int:
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
+def captions_in(meta: dict[str, Any], languages: Sequence[str]) -> list[str]:
+    """A sample's captions in `languages`, in their order, without empty ones."""
+    return [text for language in languages for text in meta.get("caption", {}).get(language, []) if text.strip()]
+
+
 def choose_caption(meta: dict[str, Any], languages: Sequence[str], u: float) -> str:
     """One of a sample's captions in `languages`, each equally likely for u uniform in (0, 1).
 
     Raises:
         BadSample: there is none.
     """
-    captions = [text for language in languages for text in meta.get("caption", {}).get(language, []) if text.strip()]
+    captions = captions_in(meta, languages)
     if not captions:
         raise BadSample(f"no caption in {', '.join(languages)}")
     return captions[int(u * len(captions))]
@@ -214,7 +219,7 @@ class Shards:
                 raise UserError(f"A shard named by the index is {state}", where=str(folder), given=path, fix=fix)
         rows = np.arange(len(self.index))
         if languages is not None:
-            rows = rows[self._speaks(languages)]
+            rows = rows[self.speaks(languages)]
         if where:
             rows = rows[passing(self.index, where)[rows]]
         self.rows = rows[:limit]
@@ -225,7 +230,12 @@ class Shards:
         remotely = any(isinstance(path, Url) for path in self.index.shards)
         self.extents = Extents(self.index, self.rows, remote, lanes, block) if remotely else None
 
-    def _speaks(self, languages: Sequence[str]) -> np.ndarray:
+    def speaks(self, languages: Sequence[str]) -> np.ndarray:
+        """Which rows of the index have a caption in one of the languages.
+
+        Raises:
+            UserError: a language that no sample has.
+        """
         known = [name.removeprefix("caption_") for name in self.index.columns if name.startswith("caption_")]
         for language in languages:
             if language not in known:

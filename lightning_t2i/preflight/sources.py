@@ -121,11 +121,11 @@ def caches(streams: dict[str, Any]) -> Iterator[Store]:
     for name, stream in streams.items():
         if (vae := getattr(stream, "latents", None)) is not None:
             folder = folder_of(stream.source)
-            cache = latent_folder(folder, vae, stream.size)
+            cache = latent_folder(folder, vae, stream.size, stream.views)
             if (cache / f"{stream.split}.json").is_file():
                 continue
             source = source_of(name, stream)
-            size = math.prod(latent_shape(vae, stream.size)) * LATENT_BYTES
+            size = math.prod(latent_shape(vae, stream.size)) * LATENT_BYTES * len(stream.views)
             whole = source.rows * size if source.rows is not None else None
             yield Store(f"latents of {name}", cache, whole, f"data.{name}.latents")
 

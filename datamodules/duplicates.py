@@ -27,7 +27,7 @@ def thumbnail(image: Image.Image) -> np.ndarray:
 
 def duplicates(hashes: Sequence[int], thumbnails: Sequence[np.ndarray]) -> list[list[int]]:
     """Groups of two and more pictures that look the same as the group's first, by their places in the sequences."""
-    values, small = np.array(hashes, np.uint64), np.array(thumbnails).reshape(len(thumbnails), -1)
+    values, small = np.array(hashes, np.uint64), np.array(thumbnails).reshape(len(thumbnails), SIDE * SIDE * 3)
     groups: dict[int, list[int]] = {}
     known: dict[tuple[int, int], list[int]] = {}  # (band, its bits) -> first pictures of groups
     for i, value in enumerate(hashes):

@@ -143,7 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\n".join([f"{given.source}: {counts}", *found.lines()]))
     if found.shown:
         given.sheet.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(*zip(*found.shown, strict=True), side=SIDE).save(given.sheet)
+        images, texts = zip(*found.shown, strict=True)
+        contact_sheet(images, texts, side=SIDE).save(given.sheet)
         print(f"sheet       {given.sheet}")
     return 0
 

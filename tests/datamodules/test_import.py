@@ -88,6 +88,8 @@ def test_parquet_of_hugging_face_gives_pictures_captions_labels_and_splits(tmp_p
     assert {meta["caption"]["en"][0] for _, meta in found.values() if meta["label"] == 0} == {"great tit"}
     assert skipped(out) == {"no caption": ["data/validation-00000-of-00001/00000002.parquet"]}
     assert json.loads((out / "dataset.json").read_text())["classes"] == ["great_tit", "rook"]
+    untold = contents(pack(source, tmp_path / "untold", default_caption="a bird"))[12][1]
+    assert untold["caption"] == {"en": ["a bird"]} and "label" not in untold
     shards = Shards(out, "train")
     assert sorted(shards.index["label"].tolist()) == [0] * 5 + [1] * 5 and set(shards.index["ext"]) == {"webp"}
     assert shards.data(0) == encoded(int(np.asarray(shards.picture(0))[0, 0, 0]))

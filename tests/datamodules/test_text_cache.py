@@ -89,7 +89,6 @@ def test_the_loss_is_that_of_captions_encoded_online(folder, method, storage, bo
     assert conds[0].mask is None or torch.equal(conds[0].mask, conds[1].mask)
     other = method.loss(cached, method.denoiser, conds[1].index(torch.arange(39, -1, -1)), method.keys)
     assert abs(other / losses[0] - 1) > 10 * bound, "the captions of other samples"
-    print("MEASURED", method.network, storage, float(losses[1] / losses[0] - 1), float(other / losses[0] - 1))
 
 
 def test_trimmed_batches_are_as_long_as_their_longest_caption(folder):

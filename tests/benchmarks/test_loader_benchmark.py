@@ -1,6 +1,6 @@
-"""The loader's benchmark: what is compared with what, and which figure meets its goal."""
+"""The loader's benchmark: which figure is held against which goal."""
 
-from benchmarks.loader import compare, goals
+from benchmarks.loader import goals
 
 
 def test_goals_are_read_from_the_right_columns():
@@ -18,9 +18,3 @@ def test_goals_are_read_from_the_right_columns():
         ["large", 2, "latents, against decoded", 38.5, 50.0, "no"],
         ["large", 2, "latents, captions in memory, against decoded", 53.8, 50.0, "yes"],
     ]
-
-
-def test_every_contestant_reads_the_same_pictures():
-    rows = {row[2]: row for row in compare(64, [0], 1, ["small"])}
-    assert {"ours, decoded", "webdataset, decoded", "ours, latents"} <= rows.keys()
-    assert rows["ours, decoded"][5] == rows["webdataset, decoded"][4] == 1 and all(row[3] > 0 for row in rows.values())

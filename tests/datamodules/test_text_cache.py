@@ -69,7 +69,8 @@ def method(request):
     return found
 
 
-@pytest.mark.parametrize(("storage", "bound"), [("fp32", 1e-5), ("bf16", 1e-4), ("fp8", 1e-3)])
+@torch.no_grad()
+@pytest.mark.parametrize(("storage", "bound"), [("fp32", 1e-5), ("bf16", 5e-5), ("fp8", 3e-4)])
 def test_the_loss_is_that_of_captions_encoded_online(folder, method, storage, bound):
     """A T5 pipeline and a CLIP one, null conditions among them; nothing of the method knows of the cache."""
     online = begun(folder, "").load(np.arange(40), 0)
@@ -87,14 +88,7 @@ def test_the_loss_is_that_of_captions_encoded_online(folder, method, storage, bo
     assert (ours - theirs).norm() <= {"fp32": 1e-5, "bf16": 2.0**-8, "fp8": 2.0**-4}[storage] * theirs.norm()
     assert conds[0].mask is None or torch.equal(conds[0].mask, conds[1].mask)
     other = method.loss(cached, method.denoiser, conds[1].index(torch.arange(39, -1, -1)), method.keys)
-    print(
-        "MEASURED",
-        method.network,
-        storage,
-        float(losses[1] / losses[0] - 1),
-        float(other / losses[0] - 1),
-        float((ours - theirs).norm() / theirs.norm()),
-    )
+    assert abs(other / losses[0] - 1) > 10 * bound, "the captions of other samples"
 
 
 def test_trimmed_batches_are_as_long_as_their_longest_caption(folder):

@@ -8,7 +8,6 @@ import pytest
 from data_sets import write_data_set
 
 from datamodules.image_text import ImageText
-from datamodules.prompts import Prompts
 from datamodules.records import Shards
 from datamodules.text_cache import TextCache, encode_texts, text_cache
 from lightning_modules.diffusion import Diffusion
@@ -31,16 +30,16 @@ def folder(tmp_path_factory):
     return write_data_set(tmp_path_factory.mktemp("data") / "toy", ROWS, captions=words)
 
 
-def planned(folder, kind: type = ImageText, steps: int = STEPS, ranks: int = 1, **options):
+def planned(folder, steps: int = STEPS, **options):
     method = Diffusion(PIXART)
-    stream = kind(str(folder), batch_size=BATCH, **options)
+    stream = ImageText(str(folder), batch_size=BATCH, size=32, **options)
     bill = rehearse(method, SimpleNamespace(training={"main": stream}), World(1, 1, None), steps)
-    (found,) = captions_of(method, {"main": stream}, [source_of("main", stream)], bill, ranks, steps)
+    (found,) = captions_of(method, {"main": stream}, [source_of("main", stream)], bill, 1, steps)
     return found, bill, stream
 
 
 def test_bytes_operations_and_epochs(folder):
-    found, bill, _ = planned(folder, size=32)
+    found, bill, _ = planned(folder)
     assert (found.text, found.captions, found.length) == ("online", 2 * ROWS, 32)
     assert found.epochs == STEPS * BATCH / ROWS == 12
     texts = [text for i in range(ROWS) for text in words(i)["en"]]
@@ -58,9 +57,9 @@ def test_bytes_operations_and_epochs(folder):
 
 
 def test_a_cached_stream_costs_no_encoder_and_the_numbers_stay(folder):
-    online, _, _ = planned(folder, size=32)
+    online, _, _ = planned(folder)
     cache = TextCache(PIXART, storage="fp32")
-    cached, bill, stream = planned(folder, size=32, text="cached", text_cache=cache)
+    cached, bill, stream = planned(folder, text="cached", text_cache=cache)
     assert bill.flops_of["text"] == 0 < cached.share == pytest.approx(online.share)
     assert (cached.spent, cached.made, cached.better) == (online.spent, online.made, online.better)
     assert bill.batch["main"] > BATCH * 4 * (3 * 32 * 32 + 32 * 64), "pictures and conditions"
@@ -73,12 +72,12 @@ def test_a_cached_stream_costs_no_encoder_and_the_numbers_stay(folder):
 def test_what_the_numbers_speak_for(folder, monkeypatch):
     """Half an epoch does not pay for a cache; a small share of the operations does not, nor does a full disk."""
     monkeypatch.setattr("lightning_t2i.preflight.captions.SHARE", 0.0)
-    assert planned(folder, Prompts)[0].better == "cached"
-    assert planned(folder, Prompts, steps=4)[0].better == "online", "32 captions would be encoded, 120 are cached"
+    assert planned(folder)[0].better == "cached"
+    assert planned(folder, steps=4)[0].better == "online", "32 captions would be encoded, 120 are cached"
     monkeypatch.setattr("lightning_t2i.preflight.captions.SHARE", 1.1)
-    assert planned(folder, Prompts)[0].better == "online"
+    assert planned(folder)[0].better == "online"
     monkeypatch.setattr("lightning_t2i.preflight.captions.SHARE", 0.0)
     monkeypatch.setattr("lightning_t2i.preflight.captions.free_bytes", lambda place: 1000)
-    assert planned(folder, Prompts)[0].better == "online"
-    unknown = planned("data/none", size=32)[0]
+    assert planned(folder)[0].better == "online"
+    unknown = planned("data/none")[0]
     assert (unknown.captions, unknown.made, unknown.better, unknown.tokens) == (None, None, "unknown", 32)

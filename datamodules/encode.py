@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from datamodules.image_text import square, to_images
-from datamodules.records import BadSample, Shards, data_folder
+from datamodules.records import BadSample, Shards, data_folder, refuse_bad
+from datamodules.remote import RemoteOptions
 from lightning_t2i.errors import UserError
 from lightning_t2i.frozen import folder_identity, freeze
 from lightning_t2i.paths import resolve
@@ -98,8 +100,8 @@ class Latents:
         self.shape: tuple[int, ...] = tuple(about["shape"])
         self._bad = {int(row): reason for row, reason in about["bad"].items()}
         self._index_rows = shards.rows
-        self._shard = shards.index["shard"]
-        self._first = np.atleast_1d(np.searchsorted(self._shard, np.arange(len(shards.index.shards))))
+        self._index = shards.index
+        self._first = np.array([shards.index.rows_of(shard).start for shard in range(len(shards.index.shards))])
         self._names = [f"{stem}.npy" for stem in shards.index.stems]
         self._open: dict[int, np.ndarray] = {}
 
@@ -115,7 +117,7 @@ class Latents:
     def __getitem__(self, rows) -> Tensor:
         """Latents of `rows`: float32 [B, C, h, w]."""
         wanted = self._index_rows[np.asarray(rows)]
-        shards = self._shard[wanted]
+        shards = self._index["shard"][wanted]
         out: np.ndarray = np.empty((len(wanted), *self.shape), dtype=np.float16)
         for shard in np.unique(shards).tolist():
             if shard not in self._open:
@@ -125,7 +127,16 @@ class Latents:
         return torch.from_numpy(out).to(torch.float32)
 
 
-def encode(folder: Path, split: str, vae: str, size: int = 32, batch_size: int = 64, device: str | None = None) -> Path:
+def encode(
+    folder: Path,
+    split: str,
+    vae: str,
+    size: int = 32,
+    batch_size: int = 64,
+    device: str | None = None,
+    remote: RemoteOptions = RemoteOptions(),
+    max_bad_fraction: float = 1.0,
+) -> Path:
     """Encodes a split unless that is done; goes on after an interruption with the first missing shard.
 
     Args:
@@ -135,14 +146,16 @@ def encode(folder: Path, split: str, vae: str, size: int = 32, batch_size: int =
         size: side of the square pictures, cut from the centre.
         batch_size: pictures per forward pass.
         device: where to encode; a GPU when there is one.
+        remote: how shards behind URLs are read.
+        max_bad_fraction: pictures that cannot be read before it is an error, as a share of the split.
 
     Returns:
         The folder of the latents.
 
     Raises:
-        UserError: latents from other data or of another format are in the way.
+        UserError: latents from other data or of another format are in the way, or too many pictures are bad.
     """
-    shards = Shards(folder, split)
+    shards = Shards(folder, split, remote=remote)
     target = latent_folder(folder, vae, size)
     target.mkdir(exist_ok=True)
     file, facts = target / f"{split}.json", _facts(shards, vae, size)
@@ -161,9 +174,12 @@ def encode(folder: Path, split: str, vae: str, size: int = 32, batch_size: int =
         for shard in tqdm(range(len(shards.index.shards)), desc=f"latents of {split}", unit="shard"):
             path = target / f"{shards.index.stems[shard]}.npy"
             if not path.is_file():
-                rows = np.flatnonzero(shards.index["shard"] == shard)
+                rows = np.array(shards.index.rows_of(shard))
                 latents, bad = _encode_rows(codec, shards, rows, size, batch_size, device)
                 about["bad"].update(bad)
+                refuse_bad(
+                    {shards.title(int(row)): why for row, why in about["bad"].items()}, len(shards), max_bad_fraction
+                )
                 _write_json(file, about)
                 _write(path, lambda stream, latents=latents: np.save(stream, latents))
             latents = np.load(path).astype(np.float64)
@@ -182,6 +198,7 @@ def _encode_rows(
     parts, bad = [], {}
     for start in range(0, len(rows), batch_size):
         chosen = rows[start : start + batch_size]
+        shards.ahead(chosen.tolist())
         pixels: np.ndarray = np.zeros((len(chosen), size, size, 3), np.uint8)
         for i, row in enumerate(chosen.tolist()):
             try:
@@ -201,9 +218,16 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=32, help="side of the square pictures")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    options = parser.parse_args()
-    folder = data_folder(options.source)
-    print(encode(folder, options.split, options.vae, options.size, options.batch_size, options.device))
+    parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="(default: %(default)s)")
+    for field in fields(RemoteOptions):
+        kind = str if field.default is None else type(field.default)
+        parser.add_argument(f"--{field.name}", type=kind, default=field.default, help="of remote shards")
+    given = vars(parser.parse_args())
+    remote = RemoteOptions(**{field.name: given.pop(field.name) for field in fields(RemoteOptions)})
+    try:
+        print(encode(data_folder(given.pop("source")), remote=remote, **given))
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

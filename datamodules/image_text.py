@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
@@ -11,30 +12,44 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from datamodules.buckets import BucketOrder, Buckets
+from datamodules.order import GlobalOrder
 from datamodules.records import Shards, Stream, captioned, choose_caption, data_folder
 from datamodules.remote import RemoteOptions
 from lightning_t2i.batch import Records
 from lightning_t2i.errors import UserError
 
+log = logging.getLogger(__name__)
 
-def square(image: Image.Image, size: int, where: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
-    """Cuts the largest square out of an RGB picture and resizes it (bicubic, antialiased): uint8 [size, size, 3].
+
+def cut(image: Image.Image, size: tuple[int, int], where: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
+    """Cuts the largest part of a shape out of an RGB picture and resizes it (bicubic, antialiased): uint8 [H, W, 3].
 
     Args:
         image: RGB picture.
-        size: pixels of a side.
+        size: width and height in pixels.
         where: horizontal and vertical place of the cut in [0, 1]; (0.5, 0.5) is the centre.
     """
-    width, height = image.size
-    side = min(width, height)
-    left, top = int(where[0] * (width - side) + 0.5), int(where[1] * (height - side) + 0.5)
-    pixels = np.array(image)[top : top + side, left : left + side]
-    if side == size:
+    (width, height), (w, h) = image.size, size
+    # What is larger than the shape is cut; of a square the shorter side is left.
+    across, down = (width, _rounded(width * h, w)) if width * h < height * w else (_rounded(height * w, h), height)
+    left, top = int(where[0] * (width - across) + 0.5), int(where[1] * (height - down) + 0.5)
+    pixels = np.array(image)[top : top + down, left : left + across]
+    if (across, down) == size:
         return pixels
     # torch's uint8 kernel is the same filter as Pillow's resize (they differ by at most 2 of 255) in half the time.
     planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    resized = torch.nn.functional.interpolate(planes, (size, size), mode="bicubic", antialias=True)
+    resized = torch.nn.functional.interpolate(planes, (h, w), mode="bicubic", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
+
+
+def _rounded(numerator: int, denominator: int) -> int:
+    return max(1, (2 * numerator + denominator) // (2 * denominator))
+
+
+def square(image: Image.Image, size: int, where: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
+    """The largest square of a picture (see `cut`) with sides of `size` pixels: uint8 [size, size, 3]."""
+    return cut(image, (size, size), where)
 
 
 def to_images(pixels: np.ndarray) -> Tensor:
@@ -51,7 +66,7 @@ class ImageText(Stream):
         source: an embedded world ("shapes", "openmoji") or a data-set folder.
         split: split of the data set.
         batch_size: samples of one micro-batch over all ranks.
-        size: side of the square pictures in pixels.
+        size: side of the square pictures in pixels; with `buckets` theirs count.
         languages: languages to draw captions from, each caption equally likely; samples without any are left out.
         crop: cut of pictures that are not square: the centre, or a random place.
         flip: mirror half of the pictures. Captions that name left and right then become wrong.
@@ -61,6 +76,8 @@ class ImageText(Stream):
         where: filters on the index, column -> [least, most], such as `{width: [256, null], aspect: [0.5, 2]}`; see
             `datamodules.filters.passing`.
         remote: how shards behind URLs are read and kept, see `datamodules.remote.RemoteOptions`.
+        buckets: read pictures at the size of a list that is nearest to their shape, each batch at one of them; see
+            `datamodules.buckets`. Pictures are cut as with `size`, and what would be enlarged is left out.
         limit: use only the first so many samples.
         lanes, block: see `datamodules.order.GlobalOrder`.
         max_bad_fraction: see `datamodules.records.Stream`.
@@ -85,7 +102,11 @@ class ImageText(Stream):
         max_bad_fraction: float = 0.01,
         where: dict[str, list[float | None]] | None = None,
         remote: RemoteOptions = RemoteOptions(),
+        buckets: Buckets | None = None,
     ):
+        if latents is not None and buckets is not None:
+            what = "Latents are cached at one size"
+            raise UserError(what, where="buckets", given="sizes and latents", fix="latents: null")
         if (latents is not None or in_memory) and crop == "random":
             option = "in_memory" if latents is None else "latents"
             raise UserError(f"{option} keeps one crop of each picture", where="crop", given=crop, allowed="centre")
@@ -97,7 +118,9 @@ class ImageText(Stream):
         self.languages, self.crop, self.flip, self.latents = tuple(languages), crop, flip, latents
         self.in_memory, self.limit, self.lanes, self.block = in_memory, limit, lanes, block
         self.max_bad_fraction = max_bad_fraction
-        self.where, self.remote = where, remote
+        self.where, self.remote, self.buckets = where, remote, buckets
+        if buckets is not None:
+            self.size = buckets.square_side
         self._kept: list[tuple[int, tuple[dict[str, Any], np.ndarray | None]]] | None = None
 
     def prepare(self) -> None:
@@ -105,7 +128,7 @@ class ImageText(Stream):
         if self.latents is not None:
             from datamodules.encode import encode
 
-            encode(folder, self.split, self.latents, self.size)
+            encode(folder, self.split, self.latents, self.size, remote=self.remote)
 
     def setup(self) -> None:
         if hasattr(self, "shards"):
@@ -119,6 +142,7 @@ class ImageText(Stream):
             self.remote,
             self.lanes,
             self.block,
+            self.buckets,
         )
         if self.latents is not None:
             from datamodules.encode import Latents
@@ -130,7 +154,24 @@ class ImageText(Stream):
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {**self.shards.identity, "lanes": self.lanes, "block": self.block}
+        sizes = "" if self.buckets is None else " ".join(f"{w}x{h}" for w, h in self.buckets.all)
+        buckets = {"buckets": sizes} if sizes else {}
+        return {**self.shards.identity, "lanes": self.lanes, "block": self.block, **buckets}
+
+    def make_order(self, sha: str, seed: str, shuffle: bool) -> GlobalOrder | BucketOrder:
+        if self.buckets is None:
+            return super().make_order(sha, seed, shuffle)
+        order = BucketOrder(self.shards.rows.firsts, self.batch_size, sha, seed, self.lanes, self.block, shuffle)
+        held = [f"{w}x{h}: {n}" for (w, h), n in zip(self.buckets.all, order.counts.tolist(), strict=True) if n]
+        log.info("pictures by bucket: %s", ", ".join(held))
+        return order
+
+    def passes(self, rank: int, world: int) -> list[range]:
+        return self.order.passes(rank, world) if isinstance(self.order, BucketOrder) else super().passes(rank, world)
+
+    def _size_of(self, row: int) -> tuple[int, int]:
+        """Width and height at which a row is read."""
+        return (self.size, self.size) if self.buckets is None else self.buckets.all[self.shards.rows.class_of(row)]
 
     def begin(self, seed: int, name: str, shuffle: bool = True) -> None:
         super().begin(seed, name, shuffle)
@@ -138,13 +179,14 @@ class ImageText(Stream):
             self._kept = [self.read_good(row, self._read, self.shards.title) for row in range(len(self))]
 
     def _read(self, row: int, where: tuple[float, float] = (0.5, 0.5)) -> tuple[dict[str, Any], np.ndarray | None]:
-        """Metadata and square picture of a row; latents are fetched for a whole batch instead."""
+        """Metadata and cut picture of a row; latents are fetched for a whole batch instead."""
         meta = self.shards.meta(row)
         choose_caption(meta, self.languages, 0.0)
         if self.latents is not None:
             self._latents.check(row)
             return meta, None
-        return meta, square(self.shards.picture(row, self.size), self.size, where)
+        size = self._size_of(row)
+        return meta, cut(self.shards.picture(row, max(size)), size, where)
 
     def fetch(self, rows: np.ndarray, positions: Tensor) -> Records:
         if self._kept is not None:

@@ -58,7 +58,7 @@ class Buckets:
             raise UserError("No buckets of this area", where="buckets", given=given, allowed=allowed)
         wrong = [size for size in self.sizes or () if len(size) != 2 or min(size) < 1]
         if wrong or (self.sizes is not None and not 1 <= len(self.all) < OUT):
-            given, allowed = wrong or f"{len(self.all)} sizes", f"1 to {OUT - 1} sizes, each [width, height]"
+            given, allowed = str(wrong or f"{len(self.all)} sizes"), f"1 to {OUT - 1} sizes, each [width, height]"
             raise UserError("Not sizes of buckets", where="buckets.sizes", given=given, allowed=allowed)
         if not self.max_upscale > 0:
             raise UserError("Not a factor", where="buckets.max_upscale", given=self.max_upscale, allowed="> 0")
@@ -69,9 +69,9 @@ class Buckets:
         if self.sizes is not None:
             found = {(int(width), int(height)) for width, height in self.sizes}
         else:
-            area, short = self.side**2, range(self.step, self.side + 1, self.step)
-            pairs = {(s, area // s // self.step * self.step) for s in short}
-            found = {pair for a, b in pairs if b <= self.max_aspect * a for pair in ((a, b), (b, a))}
+            lengths = range(self.step, self.side**2 // self.step + 1, self.step)
+            pairs = {(a, self.side**2 // a // self.step * self.step) for a in lengths}
+            found = {pair for a, b in pairs if max(a, b) <= self.max_aspect * min(a, b) for pair in ((a, b), (b, a))}
         return tuple(sorted(found, key=lambda size: (size[0] / size[1], size[0])))
 
     @property
@@ -95,9 +95,9 @@ class Buckets:
                 members = np.flatnonzero(groups == group)[::-1]
                 of_group[group] = members[smaller] if smaller < len(members) else OUT
             bucket = of_group[nearest]
-            least = np.full((OUT + 1, 2), np.inf)
-            least[: len(sizes)] = sizes / self.max_upscale
-            fits = known & (width >= least[bucket, 0]) & (height >= least[bucket, 1])
+            least = np.full((2, OUT + 1), np.inf)
+            least[:, : len(sizes)] = sizes.T / self.max_upscale
+            fits = known & (width >= least[0].take(bucket)) & (height >= least[1].take(bucket))
             found = np.where(fits & (found == OUT), bucket, found)
         return found
 

@@ -63,13 +63,14 @@ class MappedColumns:
 
     Args:
         path: the file.
+        schema, rows: of it.
         name: of the folder of the converted columns, which also has a hash of the file's footer, so that those of a
             file that has changed are not taken. It lies beside the file, or with the embedded worlds where nothing may
             be written there.
     """
 
-    def __init__(self, path: Path, name: str):
-        self.path = path
+    def __init__(self, path: Path, schema: pa.Schema, rows: int, name: str):
+        self.path, self.rows, self.schema = path, rows, schema
         folder = f".{name}-{_footer_hash(path)}"
         self.folder = path.parent / folder
         if not self.folder.is_dir() and not os.access(path.parent, os.W_OK):
@@ -79,7 +80,7 @@ class MappedColumns:
 
     def open(self, column: str) -> Any:
         """A column of numbers as a mapped array, of texts as `Texts`, any other as an array in memory."""
-        kind = pq.read_schema(self.path).field(column).type
+        kind = self.schema.field(column).type
         if not is_number(kind) and not _is_text(kind):
             return pq.read_table(self.path, columns=[column], use_threads=False)[column].to_numpy()
         place = self.folder / f"{column}.npy"
@@ -103,8 +104,7 @@ class MappedColumns:
         for values in self._batches(column):
             found = as_numbers(values)
             if out is None:
-                kind, rows = kind or found.dtype, pq.read_metadata(self.path).num_rows
-                out = np.lib.format.open_memmap(part, "w+", kind, (rows,))
+                out = np.lib.format.open_memmap(part, "w+", kind or found.dtype, (self.rows,))
             if not np.can_cast(found.dtype, out.dtype):  # the first missing value of a column of integers
                 return self._convert_numbers(column, place, np.float64)
             out[start : start + len(found)] = found
@@ -116,8 +116,7 @@ class MappedColumns:
 
     def _convert_texts(self, column: str, place: Path) -> None:
         part, data = place.with_suffix(".part"), place.with_suffix(".utf8")
-        rows = pq.read_metadata(self.path).num_rows
-        ends, start, length = np.lib.format.open_memmap(part, "w+", np.int64, (rows,)), 0, 0
+        ends, start, length = np.lib.format.open_memmap(part, "w+", np.int64, (self.rows,)), 0, 0
         with data.open("wb") as file:
             for values in self._batches(column):
                 texts = values.fill_null("").cast(pa.large_string())

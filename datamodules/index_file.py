@@ -40,7 +40,7 @@ class Index:
         self.shards: list[Any] = [Url(name) if is_remote(name) else folder / name for name in facts["shards"]]
         content = json.dumps([facts["format"], facts["split"], facts["sha256"]], sort_keys=True)
         self.sha = hashlib.sha256(content.encode()).hexdigest()[:16]
-        self._mapped = MappedColumns(path, f"columns-{facts['split']}") if rows > IN_MEMORY else None
+        self._mapped = MappedColumns(path, schema, rows, f"columns-{facts['split']}") if rows > IN_MEMORY else None
         self._columns: dict[str, Any] = {}
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,6 +60,16 @@ class Rows:
                 held = np.flatnonzero(self.classes[chunk * CHUNK : (chunk + 1) * CHUNK] == c)
                 found[places[some]] = chunk * CHUNK + held[local[some] - self._before[c, chunk]]
         return found.reshape(numbers.shape) if numbers.ndim else found[0]
+
+    def digest(self) -> str:
+        """A hash of what is read in which order, 16 hex digits: of the list of rows, or of several classes."""
+        found = hashlib.blake2b(digest_size=8)
+        if self.classes is not None and len(self.firsts) > 2:
+            found.update(self.classes)
+        else:
+            for piece in self.pieces():
+                found.update(piece)
+        return found.hexdigest()
 
     def pieces(self) -> Iterator[np.ndarray]:
         """All rows in their order, a part at a time (int64)."""

@@ -247,7 +247,7 @@ def test_a_diffusion_trains_on_buckets(tmp_path, network):
     """A convolutional network and one of patches: a step for each of two sizes."""
     sizes = Buckets(sizes=((32, 32), (64, 32)))
     folder = write_data_set(tmp_path / "toy", 12, size=lambda i: (70, 34) if i % 2 else (36, 36))
-    data = Streams(pictures(str(folder), buckets=sizes, batch_size=2))
+    main, val = (pictures(str(folder), buckets=sizes, batch_size=2) for _ in range(2))
     seen = []
 
     class Watched(Diffusion):
@@ -256,7 +256,7 @@ def test_a_diffusion_trains_on_buckets(tmp_path, network):
             seen.append((tuple(batch["main"].image.shape[2:]), self.codec.latents(batch["main"]).shape[2:]))
 
     module = Watched(network)
-    trainer_for(tmp_path, 4, max_epochs=-1, limit_val_batches=0).fit(module, data, weights_only=True)
+    trainer_for(tmp_path, 4, max_epochs=-1, limit_val_batches=0).fit(module, Streams(main, val=val), weights_only=True)
     assert {shape for shape, _ in seen} == {(32, 32), (32, 64)} and len(seen) == 4
     assert {tuple(latent) for _, latent in seen} == {(8, 8), (8, 16)}
     assert all(torch.isfinite(p).all() for p in module.denoiser.parameters())

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.loader import index_cost
+from benchmarks.loader import open_and_seek, write_large_index
 from datamodules import columns, filters, index_file, rows
+from datamodules.buckets import Buckets
 from datamodules.image_text import ImageText
 from datamodules.index_file import Index, index_path
 from datamodules.rows import OUT, Rows
@@ -136,7 +137,7 @@ def test_rows_are_those_of_a_list(mapped):
 
 def test_a_large_index_holds_a_few_bytes_a_row(tmp_path, monkeypatch):
     n = 60_000
-    index_cost(n, tmp_path)
+    write_large_index(tmp_path, n)
     monkeypatch.setattr(index_file, "IN_MEMORY", 0)
     for module in (filters, rows):
         monkeypatch.setattr(module, "PIECE", 1 << 13)
@@ -154,7 +155,9 @@ def test_a_large_index_holds_a_few_bytes_a_row(tmp_path, monkeypatch):
         assert len(set(ids)) == 64
         return most + pa.total_allocated_bytes() - arrow
 
-    peak()  # converts the columns
+    figures = open_and_seek(str(tmp_path), {"buckets": Buckets(side=512)}, 2.5)  # converts the columns
+    assert 0 < figures["rows"] < n and figures["held, GB"] > 0
+    peak()
     assert peak() < 8 * n + 1_000_000  # the columns have 100 bytes a row
 
 

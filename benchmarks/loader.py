@@ -237,10 +237,11 @@ def write_large_index(folder: Path, n: int) -> None:
             "aesthetic": generator.uniform(3, 8, len(rows)),
         }
         table = pa.table(columns).replace_schema_metadata({b"t2i": json.dumps(facts).encode()})
-        writer = writer or pq.ParquetWriter(index_path(folder, "train"), table.schema, compression="zstd")
+        writer = writer or pq.ParquetWriter(folder / "index.part", table.schema, compression="zstd")
         writer.write_table(table, row_group_size=PER_SHARD)
     assert writer is not None
     writer.close()
+    (folder / "index.part").replace(index_path(folder, "train"))
 
 
 def open_and_seek(folder: str, options: dict[str, Any], epochs: float) -> dict[str, float]:

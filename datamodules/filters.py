@@ -50,9 +50,10 @@ def chosen_rows(
         if buckets is not None:
             kinds = np.where(passes, buckets.of(index["width"][part], index["height"][part]), np.uint8(OUT))
             misfits += int((passes & (kinds == OUT)).sum())
-        kept = np.flatnonzero(kinds != OUT)[:left]
-        classes[start + kept] = kinds[kept]
-        left -= len(kept)
+        if (kept := int(np.count_nonzero(kinds != OUT))) > left:
+            kinds[np.flatnonzero(kinds != OUT)[left:]] = OUT
+        classes[part] = kinds
+        left -= min(kept, left)
         if not left:
             break
     if misfits:

@@ -30,7 +30,7 @@ class Rows:
         if classes is None:
             self.firsts = np.array([0, n])
             return
-        held = np.concatenate([_counts(classes[s : s + PIECE]) for s in range(0, n, PIECE)], 1)[:count]
+        held = np.concatenate([_counts(classes[s : s + PIECE], count) for s in range(0, n, PIECE)], 1)
         self._before = np.concatenate([np.zeros((count, 1), np.int64), held.cumsum(1)], 1)  # class, chunk
         self.firsts = np.concatenate([[0], self._before[:, -1].cumsum()])  # number of the first row of each class
 
@@ -84,7 +84,8 @@ class Rows:
         return self[:].tolist()
 
 
-def _counts(classes: np.ndarray) -> np.ndarray:
-    """How many rows of each class are in each chunk: int64 [256, chunks]."""
-    numbers = classes.astype(np.int64) + (np.arange(len(classes)) // CHUNK << 8)
-    return np.bincount(numbers, minlength=-(-len(classes) // CHUNK) << 8).reshape(-1, 256).T
+def _counts(classes: np.ndarray, count: int) -> np.ndarray:
+    """How many rows of each class are in each chunk: int64 [count, chunks]."""
+    chunks = np.full((-(-len(classes) // CHUNK), CHUNK), OUT, np.uint8)
+    chunks.reshape(-1)[: len(classes)] = classes
+    return np.stack([np.count_nonzero(chunks == c, axis=1) for c in range(count)])

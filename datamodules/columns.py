@@ -95,9 +95,10 @@ class MappedColumns:
         return Texts(array, np.asarray(np.memmap(place.with_suffix(".utf8"), np.uint8, "r")))
 
     def _batches(self, column: str) -> Iterator[pa.Array]:
-        with pq.ParquetFile(self.path) as file:
-            for batch in file.iter_batches(BATCH, columns=[column], use_threads=False):
-                yield batch.column(0)
+        with pq.ParquetFile(self.path, pre_buffer=False) as file:
+            for group in range(file.num_row_groups):  # all at once, Arrow would read a column before its first row
+                for batch in file.iter_batches(BATCH, [group], [column], use_threads=False):
+                    yield batch.column(0)
 
     def _convert_numbers(self, column: str, place: Path, kind: Any = None) -> None:
         part, start, out = place.with_suffix(".part"), 0, None

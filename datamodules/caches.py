@@ -107,7 +107,7 @@ class Cache:
         path = self.folder / self.names[shard]
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            report = make(np.flatnonzero(self.shards.index["shard"] == shard), temporary)
+            report = make(np.array(self.shards.index.rows_of(shard)), temporary)
             flush(temporary)
             os.replace(temporary, path)
         finally:
@@ -143,13 +143,13 @@ class Places:
     """Where the rows of a stream are in the files of a cache."""
 
     def __init__(self, shards: Shards):
-        self._rows, self._shard = shards.rows, shards.index["shard"]
-        self._first = np.atleast_1d(np.searchsorted(self._shard, np.arange(len(shards.index.shards))))
+        self._rows, self._index = shards.rows, shards.index  # whose mapped columns are not pickled
+        self._first = np.array([self._index.rows_of(shard).start for shard in range(len(self._index.shards))])
 
     def __call__(self, rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Index rows, their shards, and their places within these, each [B]."""
         wanted = self._rows[np.asarray(rows)]
-        shards = self._shard[wanted]
+        shards = self._index["shard"][wanted]
         return wanted, shards, wanted - self._first[shards]
 
 

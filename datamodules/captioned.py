@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from datamodules.caches import default_device
 from datamodules.records import Shards, Stream, captioned
+from datamodules.remote import RemoteOptions
 from datamodules.text_cache import TextCache, Texts, encode_texts
 from lightning_t2i.batch import Records
 from lightning_t2i.errors import UserError
@@ -28,6 +29,7 @@ class Captioned(Stream):
 
     languages: tuple[str, ...]
     split: str
+    remote: RemoteOptions
     text: Literal["online", "cached"] = "online"
     text_cache: TextCache | None = None
     texts: Texts | None = None
@@ -42,7 +44,9 @@ class Captioned(Stream):
     def make_texts(self, folder: Path) -> None:
         """Encodes what is not encoded yet."""
         if self.text == "cached" and self.text_cache is not None:
-            encode_texts(folder, self.split, self.text_cache, self.languages, device=default_device())
+            encode_texts(
+                folder, self.split, self.text_cache, self.languages, device=default_device(), remote=self.remote
+            )
 
     def open_texts(self, shards: Shards) -> None:
         """Maps the embeddings into memory."""

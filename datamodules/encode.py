@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from datamodules.caches import Cache, Make, Places, default_device
 from datamodules.pictures import BadSample, square, to_images
-from datamodules.records import Shards, data_folder
+from datamodules.records import Shards, data_folder, refuse_bad
+from datamodules.remote import RemoteOptions
 from datamodules.text_cache import STORAGES, TextCache, encode_texts
 from lightning_t2i.errors import UserError
 from lightning_t2i.frozen import folder_identity, freeze
@@ -148,6 +149,8 @@ def encode(
     views: Views = Views(),
     task: int = 0,
     tasks: int = 1,
+    remote: RemoteOptions = RemoteOptions(),
+    max_bad_fraction: float = 1.0,
 ) -> Path:
     """Encodes the pictures of a split unless that is done; goes on after an interruption with the missing shards.
 
@@ -160,14 +163,16 @@ def encode(
         device: where to encode; a GPU when there is one.
         views: what of each picture is encoded.
         task, tasks: see `Cache.fill`.
+        remote: how shards behind URLs are read.
+        max_bad_fraction: pictures that cannot be read before it is an error, as a share of the split.
 
     Returns:
         The folder of the latents.
 
     Raises:
-        UserError: latents from other data or of another format are in the way.
+        UserError: latents from other data or of another format are in the way, or too many pictures are bad.
     """
-    shards = Shards(folder, split)
+    shards = Shards(folder, split, remote=remote)
     cache = _cache(shards, vae, size, views)
 
     def start() -> Make:
@@ -186,7 +191,13 @@ def encode(
 
         return make
 
-    cache.fill(start, _merged, task, tasks)
+    def merge(reports: list[Any]) -> dict[str, Any]:
+        merged = _merged(reports)
+        bad = {shards.title(int(row)): reason for row, reason in merged["bad"].items()}
+        refuse_bad(bad, len(shards), max_bad_fraction)
+        return merged
+
+    cache.fill(start, merge, task, tasks)
     return cache.folder
 
 
@@ -247,16 +258,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--task", type=int, default=0, help="number of this task of an array, from 0")
     parser.add_argument("--tasks", type=int, default=1, help="tasks of the array")
+    parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="(default: %(default)s)")
+    for field in fields(RemoteOptions):
+        kind = str if field.default is None else type(field.default)
+        parser.add_argument(f"--{field.name}", type=kind, default=field.default, help="of remote shards")
     given = parser.parse_args(arguments)
+    remote = RemoteOptions(**{field.name: getattr(given, field.name) for field in fields(RemoteOptions)})
     if not (given.vae or given.text):
         parser.error("nothing to encode: give --vae, --text or both")
     try:
         work: dict[str, Any] = {"batch_size": given.batch_size, "task": given.task, "tasks": given.tasks}
+        work["remote"] = remote
         work["device"] = given.device or default_device(given.task)
         folder = data_folder(given.source)
         if given.vae:
             views = Views(given.crops, given.flip)
-            print(encode(folder, given.split, given.vae, given.size, views=views, **work))
+            print(
+                encode(
+                    folder,
+                    given.split,
+                    given.vae,
+                    given.size,
+                    views=views,
+                    max_bad_fraction=given.max_bad_fraction,
+                    **work,
+                )
+            )
         if given.text:
             options = TextCache(given.text, given.revision, given.length, given.storage)
             print(encode_texts(folder, given.split, options, given.languages, **work))

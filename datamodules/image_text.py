@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
@@ -10,14 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datamodules.buckets import BucketOrder, Buckets
 from datamodules.captioned import Captioned
 from datamodules.encode import Latents, Views, encode
-from datamodules.pictures import square, to_images
+from datamodules.order import GlobalOrder
+from datamodules.pictures import cut, to_images
 from datamodules.records import Shards, choose_caption, data_folder
 from datamodules.remote import RemoteOptions
 from datamodules.text_cache import TextCache
 from lightning_t2i.batch import Records
 from lightning_t2i.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class ImageText(Captioned):
@@ -29,7 +34,7 @@ class ImageText(Captioned):
         source: an embedded world ("shapes", "openmoji") or a data-set folder.
         split: split of the data set.
         batch_size: samples of one micro-batch over all ranks.
-        size: side of the square pictures in pixels.
+        size: side of the square pictures in pixels; with `buckets` theirs count.
         languages: languages to draw captions from, each caption equally likely; samples without any are left out.
         crop: cut of pictures that are not square: the centre, or a random place.
         flip: mirror half of the pictures. Captions that name left and right then become wrong.
@@ -42,6 +47,8 @@ class ImageText(Captioned):
         where: filters on the index, column -> [least, most], such as `{width: [256, null], aspect: [0.5, 2]}`; see
             `datamodules.filters.passing`.
         remote: how shards behind URLs are read and kept, see `datamodules.remote.RemoteOptions`.
+        buckets: read pictures at the size of a list that is nearest to their shape, each batch at one of them; see
+            `datamodules.buckets`. Pictures are cut as with `size`, and what would be enlarged is left out.
         limit: use only the first so many samples.
         lanes, block: see `datamodules.order.GlobalOrder`.
         max_bad_fraction: see `datamodules.records.Stream`.
@@ -69,7 +76,11 @@ class ImageText(Captioned):
         remote: RemoteOptions = RemoteOptions(),
         text: Literal["online", "cached"] = "online",
         text_cache: TextCache | None = None,
+        buckets: Buckets | None = None,
     ):
+        if latents is not None and buckets is not None:
+            what = "Latents are cached at one size"
+            raise UserError(what, where="buckets", given="sizes and latents", fix="latents: null")
         if latents is None and in_memory and crop == "random":
             raise UserError("in_memory keeps one crop of each picture", where="crop", given=crop, allowed="centre")
         if (crops is not None) != (latents is not None and crop == "random") or (crops or 1) < 1:
@@ -83,12 +94,15 @@ class ImageText(Captioned):
         self.max_bad_fraction = max_bad_fraction
         self.where, self.remote, self.crops = where, remote, crops
         self.choose_text(text, text_cache)
+        self.buckets = buckets
+        if buckets is not None:
+            self.size = buckets.square_side
         self._kept: list[tuple[int, tuple[dict[str, Any], np.ndarray | None]]] | None = None
 
     def prepare(self) -> None:
         folder = data_folder(self.source)
         if self.latents is not None:
-            encode(folder, self.split, self.latents, self.size, views=self.views)
+            encode(folder, self.split, self.latents, self.size, views=self.views, remote=self.remote)
         self.make_texts(folder)
 
     def setup(self) -> None:
@@ -103,6 +117,7 @@ class ImageText(Captioned):
             self.remote,
             self.lanes,
             self.block,
+            self.buckets,
         )
         if self.latents is not None:
             self._latents = Latents(self.shards, self.latents, self.size, self.views)
@@ -118,7 +133,24 @@ class ImageText(Captioned):
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {**self.shards.identity, "lanes": self.lanes, "block": self.block}
+        sizes = "" if self.buckets is None else " ".join(f"{w}x{h}" for w, h in self.buckets.all)
+        buckets = {"buckets": sizes} if sizes else {}
+        return {**self.shards.identity, "lanes": self.lanes, "block": self.block, **buckets}
+
+    def make_order(self, sha: str, seed: str, shuffle: bool) -> GlobalOrder | BucketOrder:
+        if self.buckets is None:
+            return super().make_order(sha, seed, shuffle)
+        order = BucketOrder(self.shards.rows.firsts, self.batch_size, sha, seed, self.lanes, self.block, shuffle)
+        held = [f"{w}x{h}: {n}" for (w, h), n in zip(self.buckets.all, order.counts.tolist(), strict=True) if n]
+        log.info("pictures by bucket: %s", ", ".join(held))
+        return order
+
+    def passes(self, rank: int, world: int) -> list[range]:
+        return self.order.passes(rank, world) if isinstance(self.order, BucketOrder) else super().passes(rank, world)
+
+    def _size_of(self, row: int) -> tuple[int, int]:
+        """Width and height at which a row is read."""
+        return (self.size, self.size) if self.buckets is None else self.buckets.all[self.shards.rows.class_of(row)]
 
     def begin(self, seed: int, name: str, shuffle: bool = True) -> None:
         super().begin(seed, name, shuffle)
@@ -126,13 +158,14 @@ class ImageText(Captioned):
             self._kept = [self.read_good(row, self._read, self.shards.title) for row in range(len(self))]
 
     def _read(self, row: int, where: tuple[float, float] = (0.5, 0.5)) -> tuple[dict[str, Any], np.ndarray | None]:
-        """Metadata and square picture of a row; latents are fetched for a whole batch instead."""
+        """Metadata and cut picture of a row; latents are fetched for a whole batch instead."""
         meta = self.shards.meta(row)
         choose_caption(meta, self.languages, 0.0)
         if self.latents is not None:
             self._latents.check(row)
             return meta, None
-        return meta, square(self.shards.picture(row, self.size), self.size, where)
+        size = self._size_of(row)
+        return meta, cut(self.shards.picture(row, max(size)), size, where)
 
     def fetch(self, rows: np.ndarray, positions: Tensor) -> Records:
         if self._kept is not None:

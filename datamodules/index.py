@@ -28,6 +28,7 @@ from datamodules.left_out import LeftOut
 from datamodules.parallel import each
 from datamodules.remote import Url, filesystem, is_remote
 from datamodules.shards import finish
+from datamodules.unique_keys import shared_key
 from lightning_t2i.errors import UserError
 
 
@@ -122,22 +123,18 @@ def join(out: Path, split: str, told: dict[str, Any], name: str, licence: str, s
     hashes = {title: reports[shard]["hash"] for title, shard in zip(titles, good, strict=True)}
     facts = {"format": FORMAT, "split": split, "shards": names, "sha256": hashes, "world": {}}
     facts |= {"n": sum(reports[shard]["rows"] for shard in good), "language": told["language"]}
-    path, keys = index_path(out, split), dict[str, str]()
+    path, twice = index_path(out, split), None if prefix else shared_key(good)
+    if twice is not None:
+        key, first, second = twice
+        fix = "--prefix-keys puts the number of the shard before each key"
+        raise UserError("Two samples have the same key", where=second, given=f"{key}, as in {first}", fix=fix)
     kinds = kinds.insert(0, pa.field("shard", pa.int32())).with_metadata({b"t2i": json.dumps(facts).encode()})
     with pq.ParquetWriter(f"{path}.part", kinds, compression="zstd") as writer:
-        for number, (shard, part) in enumerate(good.items()):
+        for number, part in enumerate(good.values()):
             table = pq.read_table(part)
-            texts = table["key"].to_pylist()
             if prefix:
-                texts = [f"{number:06d}/{key}" for key in texts]
+                texts = [f"{number:06d}/{key}" for key in table["key"].to_pylist()]
                 table = table.set_column(table.column_names.index("key"), "key", pa.array(texts))
-            for key in () if prefix else texts:
-                first = keys.setdefault(key, shard)
-                if first != shard:
-                    fix = "--prefix-keys puts the number of the shard before each key"
-                    raise UserError(
-                        "Two samples have the same key", where=shard, given=f"{key}, as in {first}", fix=fix
-                    )
             columns = [
                 pa.array([number] * len(table), f.type)
                 if f.name == "shard"

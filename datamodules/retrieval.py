@@ -10,6 +10,7 @@ from torch import Tensor
 
 from datamodules.image_text import ImageText
 from datamodules.records import captions_in
+from datamodules.remote import RemoteOptions
 from datamodules.streams import Streams
 from datamodules.worlds.shapes_captions import short_chinese
 from lightning_t2i.batch import Records
@@ -74,7 +75,10 @@ class RetrievalDataModule(Streams):
         workers: int = 0,
     ):
         sizes = (batch_size, val_batch_size, val_batch_size)
+        given = dict(options or {})
+        if isinstance(given.get("remote"), dict):  # as a config says it
+            given["remote"] = RemoteOptions(**given["remote"])
         main, val, test = (
-            RetrievalPairs(source, split, size, **(options or {})) for split, size in zip(splits, sizes, strict=True)
+            RetrievalPairs(source, split, size, **given) for split, size in zip(splits, sizes, strict=True)
         )
         super().__init__(main, val=val, test=test, seed=seed, accumulate=accumulate, workers=workers)

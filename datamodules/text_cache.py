@@ -32,8 +32,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from datamodules.caches import Cache, Make, Places
+from datamodules.filters import speaking
 from datamodules.pictures import BadSample
 from datamodules.records import Shards, captions_in
+from datamodules.remote import RemoteOptions
 from lightning_t2i.batch import Cond
 from lightning_t2i.errors import UserError
 from lightning_t2i.frozen import freeze
@@ -177,6 +179,7 @@ def encode_texts(
     device: str = "cpu",
     task: int = 0,
     tasks: int = 1,
+    remote: RemoteOptions = RemoteOptions(),
 ) -> Path:
     """Encodes the captions of a split unless that is done; goes on after an interruption with the missing shards.
 
@@ -191,6 +194,7 @@ def encode_texts(
         batch_size: captions per forward pass.
         device: where to encode.
         task, tasks: see `Cache.fill`.
+        remote: how shards behind URLs are read.
 
     Returns:
         The folder of the embeddings.
@@ -199,8 +203,8 @@ def encode_texts(
         UserError: embeddings from other data or of another format are in the way, a value is not finite, or nothing is
             in a language.
     """
-    shards = Shards(folder, split)
-    shards.speaks(languages)
+    shards = Shards(folder, split, remote=remote, parts=("json_", "txt_"))
+    speaking(shards.index, languages, slice(0, 0))  # refuses languages that there are not
     cache = text_cache(shards, options, languages)
 
     def start() -> Make:

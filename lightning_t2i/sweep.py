@@ -10,18 +10,18 @@ FILE is YAML:
     run: NAME                    a run that is there, to be evaluated only
     set: {KEY: VALUE}            overrides of every training and evaluation
     grid: {KEY: [VALUE, ...]}    a training for each combination, runs/SWEEP-HASH
-    validate: {KEY: [VALUE, ...]}     an evaluation of each training for each combination; the key `ema` is an average
+    validate: {KEY: [VALUE, ...]}     an evaluation of each training for each combination; the key `ema` is --ema
     metric: NAME                 of validate.jsonl, to sort by
     best: lowest                 or highest
 
-A point's name is a hash of its overrides: points may be added later. A training that failed is told and left; the
-others go on. runs/SWEEP/ gets sweep.json and sweep.md.
+HASH is of the configs' content, `set` and the point: points may be added later, and a training with other values is
+another run. What only an evaluation needs belongs to `validate`, as a list of one. An evaluation is kept for its
+checkpoint. A training that failed is told and left; the others go on. runs/SWEEP/ gets sweep.json and sweep.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import json
 import subprocess
@@ -33,12 +33,13 @@ from typing import Any
 
 import yaml
 
+from lightning_t2i.claims.hashes import config_hash, digest
 from lightning_t2i.cli.runs import runs_root
 from lightning_t2i.errors import UserError
 from lightning_t2i.loggers import read_lines
 from lightning_t2i.paths import ROOT
 from lightning_t2i.report import table
-from lightning_t2i.state_io import write_atomically
+from lightning_t2i.state_io import newest, write_atomically
 
 Point = dict[str, Any]  # override -> value
 Launch = Callable[[list[str]], int]  # words of train.py -> exit code
@@ -53,11 +54,6 @@ def subprocess_launch(words: list[str]) -> int:
 def combinations(lists: Mapping[str, Sequence[Any]]) -> Iterator[Point]:
     """One of each list, the last list fastest; a single empty point where there are none."""
     return (dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values()))
-
-
-def digest(point: Point) -> str:
-    """6 hex digits; the order of keys does not count."""
-    return hashlib.sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()[:6]
 
 
 def words_of(point: Point) -> list[str]:
@@ -113,7 +109,15 @@ class Sweep:
         """Run -> its overrides."""
         if self.run:
             return {self.run: {}}
-        return {f"{self.name}-{digest(point)}": point for point in combinations(self.grid)}
+        contents = [config_hash(config) for config in self.config]
+        return {f"{self.name}-{digest([contents, self.set, point])}": point for point in combinations(self.grid)}
+
+    def evaluations(self, run: str) -> Iterator[tuple[Point, Path]]:
+        """The overrides of each evaluation of a run's newest checkpoint, and the file of what it finds."""
+        folder = runs_root() / run
+        checkpoint = newest(folder / "checkpoints")
+        for change in combinations(self.validate):
+            yield change, folder / f"sweep-{digest([checkpoint and checkpoint.name, self.set, change])}.json"
 
     def do(self, run: str, point: Point, launch: Launch) -> bool:
         """Trains and evaluates what of a point is not done yet; False where something failed."""
@@ -123,35 +127,36 @@ class Sweep:
             if launch(["fit", *configs, "--run", run, *words_of(self.set), *words_of(point)]) != 0:
                 return False
         done = True
-        for change in combinations(self.validate):
-            file = folder / f"sweep-{digest({**self.set, **change})}.json"
+        for change, file in self.evaluations(run):
             if file.is_file():
                 continue
-            words = [f"--ema={value}" if key == "ema" else word
-                     for (key, value), word in zip(change.items(), words_of(change), strict=True)]  # fmt: skip
-            if launch(["validate", "--run", run, *words_of(self.set), *words]) != 0:
+            before = len(read_lines(folder / "validate.jsonl"))
+            if launch(["validate", "--run", run, *words_of(self.set), *words_of(change)]) != 0:
                 done = False
                 continue
             found: dict[str, Any] = {}
-            for line in read_lines(folder / "validate.jsonl"):
+            for line in read_lines(folder / "validate.jsonl")[before:]:
                 found |= line
-            write_atomically(file, json.dumps({"point": {**point, **change}, **found}).encode())
+            write_atomically(file, json.dumps(found).encode())
         return done
 
     def rows(self) -> list[dict[str, Any]]:
-        """What there is, the best first: {"run", "point", metric: value, ...}."""
-        rows = []
-        for run, point in self.points().items():
-            for change in combinations(self.validate):
-                file = runs_root() / run / f"sweep-{digest({**self.set, **change})}.json"
-                if file.is_file():
-                    rows.append({"run": run, **json.loads(file.read_text()), "point": {**point, **change}})
-        missing = [row["run"] for row in rows if self.metric not in row]
-        if missing:
-            known = sorted(name for name in rows[0] if "/" in name)
-            where = f"{self.name}: metric"
-            raise UserError("An evaluation has no such metric", where=where, given=self.metric, allowed=known)
-        return sorted(rows, key=lambda row: row[self.metric] * (1 if self.best == "lowest" else -1))
+        """What there is, the best first: {"run", "point", metric: value, ...}.
+
+        Raises:
+            UserError: an evaluation has not measured the metric.
+        """
+        rows = [
+            {**json.loads(file.read_text(encoding="utf-8")), "run": run, "point": {**point, **change}}
+            for run, point in self.points().items()
+            for change, file in self.evaluations(run)
+            if file.is_file()
+        ]
+        for row in rows:
+            if self.metric not in row:
+                known, where = sorted(name for name in row if "/" in name), f"{self.name}: metric"
+                raise UserError("An evaluation has no such metric", where=where, given=self.metric, allowed=known)
+        return sorted(rows, key=lambda row: row[self.metric], reverse=self.best == "highest")
 
     def report(self) -> str:
         """Writes sweep.json and sweep.md; returns the latter's table."""

@@ -374,17 +374,10 @@ for config in sys.argv[1:]:
 """
 
 
-def test_configs_of_every_class_parse_without_the_optional_packages() -> None:
-    """All configs are parsed by tests/test_configs.py; what is imported depends on the classes that they name."""
+def test_every_config_parses_without_the_optional_packages() -> None:
     parts = ("configs/trainer", "configs/data", "configs/networks")  # they are parts of configs
-    files = [f for f in tree() if f.parts[0] == "configs" and f.suffix == ".yaml" and not str(f).startswith(parts)]
-    seen: set[str] = set()
-    configs = []
-    for file in files:
-        classes = set(re.findall(r"class_path: ([\w.]+)", read(file)))
-        if not classes <= seen:
-            configs.append(str(file))
-            seen |= classes
+    configs = [str(f) for f in tree() if f.parts[0] == "configs" and f.suffix == ".yaml"]
+    configs = [c for c in configs if not c.startswith(parts)]
     done = subprocess.run(
         [sys.executable, "-c", PARSE_ALL, *configs], cwd=ROOT, capture_output=True, text=True, timeout=240
     )

@@ -68,14 +68,14 @@ def runs_root() -> Path:
 
 
 def run_name(explicit: str | None, configs: list[Path]) -> str:
-    """`--run`, else the id of the SLURM job (of an array's task), else the last config's name; in a sweep of W&B the
-    training's id is added."""
+    """`--run`; in a sweep of W&B, whose agent trains one run after another, the last config's name with the training's
+    id; else the id of the SLURM job (of an array's task); else the last config's name."""
     if explicit is not None:
         on_a_disk(explicit, "--run")
         if not explicit or Path(explicit).name != explicit:
             raise UserError("A run's name must be a single folder name", where="--run", given=explicit)
         return explicit
-    if (job := job_id()) is not None:
+    if (job := job_id()) is not None and sweep_run() is None:
         return job
     if not configs:
         raise UserError("No config and no run was named", fix="--config configs/quickstart.yaml")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from lightning_t2i.cli.main import main as train
 from lightning_t2i.cli.main import parse
+from lightning_t2i.cli.runs import config_name
 from lightning_t2i.loggers import read_lines
 from lightning_t2i.paths import ROOT
 from lightning_t2i.sweep import Sweep, main, words_of
@@ -124,6 +127,28 @@ def test_a_point_keeps_its_run_when_others_are_added(folder) -> None:
     assert set(few.points()) < set(more.points()) and len(more.points()) == 9
 
 
+def test_other_values_and_other_configs_are_other_runs(folder) -> None:
+    first = Sweep.read(Path(written(folder))).points()
+    assert not first.keys() & Sweep.read(Path(written(folder, set={"trainer.max_steps": 3}))).points().keys()
+    (folder / "toy.yaml").write_text(yaml.safe_dump({**TOY, "checkpoints": {"every": 7}}))
+    assert not first.keys() & Sweep.read(Path(written(folder))).points().keys()
+
+
+def test_an_evaluation_is_of_one_checkpoint_and_of_its_own_lines(folder) -> None:
+    file = written(folder, grid={}, validate={}, set={"model.common.log_every": 1})
+    assert main([file], Launch(folder)) == 0
+    (run,) = Sweep.read(Path(file)).points()
+    again = Launch(folder)
+    assert main([file], again) == 0 and again.calls == []
+    (folder / "runs" / run / "validate.jsonl").write_text(json.dumps({"step": 2, "eval/old": 9.0}) + "\n")
+    words = ["fit", "--config", str(folder / "toy.yaml"), "--run", run, "--model.common.log_every", "1"]
+    assert train([*words, "--trainer.max_steps", "3"]) == 0
+    assert main([file], again) == 0
+    assert [words[0] for words in again.calls] == ["validate"]
+    (row,) = json.loads((folder / "runs/rates/sweep.json").read_text())
+    assert "eval/old" not in row
+
+
 def test_a_run_that_is_there_is_evaluated_only(folder) -> None:
     (folder / "runs/mine").mkdir(parents=True)
     launch = Launch(folder)
@@ -161,11 +186,21 @@ def test_unknown_files_and_tasks_are_told(folder, capsys) -> None:
     assert "No such task" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda file: file.stem)
-def test_shipped_sweeps_can_be_read(file) -> None:
-    content = yaml.safe_load(file.read_text())
-    if "program" in content:  # of W&B
-        assert (ROOT / content["program"]).is_file()
-        assert parse(["fit", *(f"--{key}=1" for key in content["parameters"])]).overrides
-    else:
-        assert Sweep.read(file).points()
+def resolves(config: str, overrides: Mapping[str, Any]) -> bool:
+    return train(["fit", "--config", config, *words_of(dict(overrides)), "--print_config"]) == 0
+
+
+def test_the_shipped_sweep_fits_the_run_that_it_names(capsys) -> None:
+    sweep = Sweep.read(ROOT / "sweeps/guidance.yaml")
+    config = "configs/diffusion/tiny.yaml"
+    assert config_name(ROOT / config) == sweep.run
+    changes = {key: values[0] for key, values in sweep.validate.items()}
+    average = changes.pop("ema")
+    assert resolves(config, {**sweep.set, **changes})
+    assert f"decay: {average}" in capsys.readouterr().out
+
+
+def test_the_shipped_sweep_of_wandb_has_keys_of_its_config() -> None:
+    content = yaml.safe_load((ROOT / "sweeps/wandb.yaml").read_text())
+    config = content["command"][content["command"].index("--config") + 1]
+    assert resolves(config, {key: about["min"] for key, about in content["parameters"].items()})

@@ -65,6 +65,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
         ({"SLURM_JOB_ID": "71", "SLURM_JOB_NAME": "bash"}, None, "toy"),
         ({"WANDB_RUN_ID": "k3x"}, None, "toy"),
         ({"WANDB_RUN_ID": "k3x", "WANDB_SWEEP_ID": "s"}, None, "toy-k3x"),
+        ({"WANDB_RUN_ID": "k3x", "WANDB_SWEEP_ID": "s", "SLURM_JOB_ID": "71"}, None, "toy-k3x"),
     ],
 )
 def test_name_of_a_run(config, monkeypatch, environment, explicit, expected) -> None:

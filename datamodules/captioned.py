@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from datamodules.caches import default_device
 from datamodules.records import Shards, Stream, captioned
 from datamodules.remote import RemoteOptions
-from datamodules.text_cache import TextCache, Texts, encode_texts
+from datamodules.text_cache import TextCache, CachedTexts, encode_texts
 from lightning_t2i.batch import Records
 from lightning_t2i.errors import UserError
 from lightning_t2i.networks.text_encoder import TextEncoder, text_identity
@@ -32,7 +32,7 @@ class Captioned(Stream):
     remote: RemoteOptions
     text: Literal["online", "cached"] = "online"
     text_cache: TextCache | None = None
-    texts: Texts | None = None
+    texts: CachedTexts | None = None
 
     def choose_text(self, text: Literal["online", "cached"], options: TextCache | None) -> None:
         """Raises UserError where embeddings are asked for and nobody says which."""
@@ -51,7 +51,7 @@ class Captioned(Stream):
     def open_texts(self, shards: Shards) -> None:
         """Maps the embeddings into memory."""
         if self.text == "cached" and self.text_cache is not None:
-            self.texts = Texts(shards, self.text_cache, self.languages)
+            self.texts = CachedTexts(shards, self.text_cache, self.languages)
 
     def captioned(self, source: Any, rows: Sequence[int], metas: Sequence[dict], positions: Tensor) -> Records:
         """Records of `rows` with drawn captions and, where they are cached, the conditions of just these."""
@@ -76,7 +76,7 @@ def refuse_other_encoders(method: Any, streams: Mapping[str, Any]) -> None:
     encoders = [module for module in modules if isinstance(module, TextEncoder)]
     told = any(getattr(getattr(module, "config", None), "guidance_embeds", False) for module in modules)
     for name, stream in streams.items():
-        texts: Texts | None = getattr(stream, "texts", None)
+        texts: CachedTexts | None = getattr(stream, "texts", None)
         if texts is None:
             continue
         where, fix = f"data.{name}.text", "text: online, or a text_cache of what the method has"

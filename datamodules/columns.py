@@ -20,7 +20,7 @@ from filelock import FileLock
 BATCH = 1 << 18  # rows that are converted at once
 
 
-class Texts:
+class MappedTexts:
     """A column of texts: `texts[row]` is one, `texts[rows]` an array of them; a missing one is empty.
 
     Args:
@@ -79,7 +79,7 @@ class MappedColumns:
             self.folder = cache() / folder
 
     def open(self, column: str) -> Any:
-        """A column of numbers as a mapped array, of texts as `Texts`, any other as an array in memory."""
+        """A column of numbers as a mapped array, of texts as `MappedTexts`, any other as an array in memory."""
         kind = self.schema.field(column).type
         if not is_number(kind) and not _is_text(kind):
             return pq.read_table(self.path, columns=[column], use_threads=False)[column].to_numpy()
@@ -92,7 +92,7 @@ class MappedColumns:
         array = np.asarray(np.load(place, mmap_mode="r"))
         if not _is_text(kind):
             return array
-        return Texts(array, np.asarray(np.memmap(place.with_suffix(".utf8"), np.uint8, "r")))
+        return MappedTexts(array, np.asarray(np.memmap(place.with_suffix(".utf8"), np.uint8, "r")))
 
     def _batches(self, column: str) -> Iterator[pa.Array]:
         with pq.ParquetFile(self.path, pre_buffer=False) as file:

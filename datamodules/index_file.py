@@ -24,7 +24,7 @@ IN_MEMORY = 1 << 20  # rows of an index that is read whole; of a larger one colu
 class Index:
     """The samples of a split in the order of its shards: `index[column]` is a NumPy array.
 
-    Of an index of more than `IN_MEMORY` rows it is a mapped one (`Texts` for texts), see `datamodules.columns`.
+    Of an index of more than `IN_MEMORY` rows it is a mapped one (`MappedTexts` for texts), see `datamodules.columns`.
 
     Attributes:
         shards: paths of the shards, or `Url`s of remote ones; column `shard` counts in them.

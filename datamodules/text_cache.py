@@ -104,7 +104,7 @@ def text_cache(shards: Shards, options: TextCache, languages: Sequence[str]) -> 
     return Cache(folder, shards, facts, "text embeddings", command, ".safetensors")
 
 
-class Texts:
+class CachedTexts:
     """Cached conditions of the captions of a split.
 
     Args:

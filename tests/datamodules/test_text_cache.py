@@ -27,7 +27,7 @@ from datamodules.streams import Streams
 from datamodules.text_cache import (
     STORAGES,
     TextCache,
-    Texts,
+    CachedTexts,
     bytes_of_token,
     encode_texts,
     restored,
@@ -179,7 +179,7 @@ def test_a_killed_conversion_goes_on_where_it_was_and_shares_the_work(tmp_path, 
     assert process.exitcode == -signal.SIGKILL
     monkeypatch.setattr(module, "_encoded", counted)
     with pytest.raises(UserError, match="incomplete"):
-        Texts(Shards(folders[1], "train"), options, ["en"])
+        CachedTexts(Shards(folders[1], "train"), options, ["en"])
     convert(1, 2)
     assert len(made) == 1, "the second shard of three; the first is there"
     with pytest.raises(UserError, match="incomplete"):
@@ -196,17 +196,17 @@ def test_a_killed_conversion_goes_on_where_it_was_and_shares_the_work(tmp_path, 
 def test_stale_embeddings_are_refused(folder, tmp_path):
     options, shards = TextCache(PIXART), Shards(folder, "train")
     encode_texts(folder, "train", options, ["en"])
-    Texts(shards, options, ["en"])
+    CachedTexts(shards, options, ["en"])
     with pytest.raises(UserError, match="'length' has changed"):
-        Texts(shards, TextCache(PIXART, length=20), ["en"])
+        CachedTexts(shards, TextCache(PIXART, length=20), ["en"])
     with pytest.raises(UserError, match=r"no cached text embeddings[\s\S]*--text assets/tiny/sd --source"):
-        Texts(shards, TextCache(SD, storage="fp8"), ["en"])
+        CachedTexts(shards, TextCache(SD, storage="fp8"), ["en"])
     again = write_data_set(tmp_path / "again", 30, captions=words)
     cache, other = text_cache(shards, options, ["en"]), text_cache(Shards(again, "train"), options, ["en"])
     other.folder.mkdir()
     other.file.write_bytes(cache.file.read_bytes())
     with pytest.raises(UserError, match="'index' has changed"):
-        Texts(Shards(again, "train"), options, ["en"])
+        CachedTexts(Shards(again, "train"), options, ["en"])
     with pytest.raises(UserError, match="'index' has changed"):
         encode_texts(again, "train", options, ["en"])
 
@@ -268,7 +268,7 @@ def test_command_line(folder, capsys, monkeypatch):
     arguments = ["--source", str(folder), "--text", SD, "--storage", "fp32", "--languages", "zh", "--batch_size", "7"]
     assert main([*arguments, "--task", "1", "--tasks", "2"]) == 0
     with pytest.raises(UserError, match="incomplete"):
-        Texts(Shards(folder, "train"), TextCache(SD, storage="fp32"), ["zh"])
+        CachedTexts(Shards(folder, "train"), TextCache(SD, storage="fp32"), ["zh"])
     assert main(arguments) == 0
     place = capsys.readouterr().out.split()[-1]
     assert json.loads((folder / place / "train.json").read_text())["captions"] == 50

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from datamodules.caches import default_device
 from datamodules.records import Shards, Stream, captioned
 from datamodules.remote import RemoteOptions
-from datamodules.text_cache import TextCache, CachedTexts, encode_texts
+from datamodules.text_cache import CachedTexts, TextCache, encode_texts
 from lightning_t2i.batch import Records
 from lightning_t2i.errors import UserError
 from lightning_t2i.networks.text_encoder import TextEncoder, text_identity

@@ -26,8 +26,8 @@ from datamodules.retrieval import RetrievalPairs
 from datamodules.streams import Streams
 from datamodules.text_cache import (
     STORAGES,
-    TextCache,
     CachedTexts,
+    TextCache,
     bytes_of_token,
     encode_texts,
     restored,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,11 +12,13 @@ import numpy as np
 from datamodules.disk_cache import DiskCache
 from datamodules.index_file import Index
 from datamodules.remote import RemoteOptions, fetch
+from datamodules.rows import Rows
 from lightning_t2i.paths import resolve
 
 log = logging.getLogger(__name__)
 GAP = 1 << 16  # bytes between two samples that are read rather than skipped by a request of their own
 BLOCKS_KNOWN = 4096  # blocks whose extents are remembered
+EVERYTHING = ("", "json_", "txt_")  # members of a sample by the first part of their columns' names
 TOGETHER = 16  # extents that are fetched at once and held until they are in the cache
 
 
@@ -40,10 +42,19 @@ class Extents:
         rows: the index rows that filters left.
         options: see `RemoteOptions`.
         lanes, block: of the order.
+        parts: members that are read; a stream of prompts needs no pictures.
     """
 
-    def __init__(self, index: Index, rows: np.ndarray, options: RemoteOptions, lanes: int, block: int):
-        self.index, self.rows, self.options, self.block = index, rows, options, block
+    def __init__(
+        self,
+        index: Index,
+        rows: Rows,
+        options: RemoteOptions,
+        lanes: int,
+        block: int,
+        parts: Sequence[str] = EVERYTHING,
+    ):
+        self.index, self.rows, self.options, self.block, self.parts = index, rows, options, block, parts
         folder = options.cache
         self.disk = DiskCache(resolve(folder), int(options.cache_gb * 1e9)) if folder is not None else None
         self.limit = int(options.memory_mb * 1e6)
@@ -76,17 +87,21 @@ class Extents:
     def _spans(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """First and last byte of all members of index rows."""
         starts, ends = [], []
-        for name in ("", "json_", "txt_"):
+        for name in self.parts:
             if f"{name}offset" in self.index.columns:
                 offsets, sizes = self.index[f"{name}offset"][rows], self.index[f"{name}size"][rows]
                 starts.append(np.where(sizes > 0, offsets, np.iinfo(np.int64).max))
                 ends.append(np.where(sizes > 0, offsets + sizes, 0))
-        return np.min(starts, axis=0), np.max(ends, axis=0)
+        last = np.max(ends, axis=0)
+        return np.minimum(np.min(starts, axis=0), last), last  # nothing, where a sample has none of the members
 
-    def _extents(self, number: int) -> list[Extent]:
-        """The extents of a block of the order."""
+    def _extents(self, row: int) -> list[Extent]:
+        """The extents of the block of a row; blocks are cut within each bucket, as the order cuts them."""
+        bucket = int(self.rows.class_of(row))
+        first, end = int(self.rows.firsts[bucket]), int(self.rows.firsts[bucket + 1])
+        number = row - (row - first) % self.block
         if number not in self._known:
-            rows = self.rows[number * self.block : (number + 1) * self.block]
+            rows = self.rows[number : min(number + self.block, end)]
             starts, ends = self._spans(rows)
             found: list[Extent] = []
             for shard, start, end in zip(
@@ -108,7 +123,7 @@ class Extents:
         starts, ends = self._spans(self.rows[row : row + 1])
         shard, start, end = int(self.index["shard"][self.rows[row]]), int(starts[0]), int(ends[0])
         if self.ahead:
-            for extent in self._extents(row // self.block):
+            for extent in self._extents(row):
                 if extent.shard == shard and extent.start <= start and end <= extent.end:
                     return extent
         return Extent(shard, start, end)

@@ -10,14 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import sys
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +24,11 @@ from tqdm import tqdm
 
 from datamodules.index_file import FORMAT, Index, index_path
 from datamodules.index_rows import index_shard, part_path
+from datamodules.left_out import LeftOut
+from datamodules.parallel import each
 from datamodules.remote import Url, filesystem, is_remote
 from datamodules.shards import finish
+from datamodules.unique_keys import shared_key
 from lightning_t2i.errors import UserError
 
 
@@ -37,13 +36,15 @@ def find_shards(sources: Sequence[str]) -> list[str]:
     """Tars of folders, of text files that list one a line, and those named themselves, with {000..123} spelled out.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or a folder or file of names is missing.
     """
     from braceexpand import braceexpand
 
     found: list[str] = []
     for source in sources:
         if source.endswith(".txt"):
+            if not Path(source).is_file():
+                raise UserError("No such list of tars", where="URL_OR_FOLDER", given=source)
             found += [line.strip() for line in Path(source).read_text().splitlines() if line.strip()]
             continue
         for name in braceexpand(source):
@@ -51,7 +52,10 @@ def find_shards(sources: Sequence[str]) -> list[str]:
                 found.append(name if is_remote(name) else str(Path(name).resolve()))
             elif is_remote(name):
                 system, path = filesystem(name)
-                listed = sorted(p for p in system.ls(path, detail=False) if p.split("?")[0].endswith(".tar"))
+                try:
+                    listed = sorted(p for p in system.ls(path, detail=False) if p.split("?")[0].endswith(".tar"))
+                except FileNotFoundError as error:
+                    raise UserError("There is no such remote folder", where="URL_OR_FOLDER", given=name) from error
                 found += [system.unstrip_protocol(p) for p in listed]
             else:
                 found += sorted(str(p.resolve()) for p in Path(name).glob("*.tar"))
@@ -83,29 +87,14 @@ def plan(out: Path, split: str, sources: Sequence[str], language: str) -> dict[s
     return told
 
 
-def _end_with_the_parent() -> None:
-    """Ends a worker whose parent was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
-
-
 def make_parts(out: Path, split: str, told: dict[str, Any], workers: int, task: int = 0, tasks: int = 1) -> None:
     """Indexes the shards of a task that are not finished."""
     mine = told["shards"][task::tasks]
     todo = [name for name in mine if not part_path(out, split, name).is_file()]
     run = partial(index_shard, out=out, split=split, language=told["language"])
     with tqdm(total=len(mine), initial=len(mine) - len(todo), desc="index", unit="shard") as bar:
-        if workers < 2:
-            for name in todo:
-                run(name)
-                bar.update()
-            return
-        # fsspec's thread would not survive a fork.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, _end_with_the_parent) as pool:
-            for _ in pool.map(run, todo):
-                bar.update()
+        for _ in each(run, todo, workers):
+            bar.update()
 
 
 def join(out: Path, split: str, told: dict[str, Any], name: str, licence: str, skip_bad: bool, prefix: bool) -> Index:
@@ -134,22 +123,18 @@ def join(out: Path, split: str, told: dict[str, Any], name: str, licence: str, s
     hashes = {title: reports[shard]["hash"] for title, shard in zip(titles, good, strict=True)}
     facts = {"format": FORMAT, "split": split, "shards": names, "sha256": hashes, "world": {}}
     facts |= {"n": sum(reports[shard]["rows"] for shard in good), "language": told["language"]}
-    path, keys = index_path(out, split), dict[str, str]()
+    path, twice = index_path(out, split), None if prefix else shared_key(good)
+    if twice is not None:
+        key, first, second = twice
+        fix = "--prefix-keys puts the number of the shard before each key"
+        raise UserError("Two samples have the same key", where=second, given=f"{key}, as in {first}", fix=fix)
     kinds = kinds.insert(0, pa.field("shard", pa.int32())).with_metadata({b"t2i": json.dumps(facts).encode()})
     with pq.ParquetWriter(f"{path}.part", kinds, compression="zstd") as writer:
-        for number, (shard, part) in enumerate(good.items()):
+        for number, part in enumerate(good.values()):
             table = pq.read_table(part)
-            texts = table["key"].to_pylist()
             if prefix:
-                texts = [f"{number:06d}/{key}" for key in texts]
+                texts = [f"{number:06d}/{key}" for key in table["key"].to_pylist()]
                 table = table.set_column(table.column_names.index("key"), "key", pa.array(texts))
-            for key in () if prefix else texts:
-                first = keys.setdefault(key, shard)
-                if first != shard:
-                    fix = "--prefix-keys puts the number of the shard before each key"
-                    raise UserError(
-                        "Two samples have the same key", where=shard, given=f"{key}, as in {first}", fix=fix
-                    )
             columns = [
                 pa.array([number] * len(table), f.type)
                 if f.name == "shard"
@@ -167,6 +152,18 @@ def join(out: Path, split: str, told: dict[str, Any], name: str, licence: str, s
     splits = {file.stem.removeprefix("index-"): file for file in sorted(out.glob("index-*.parquet"))}
     finish(out, name, {found: Index.load(out, found) for found in splits}, licence, {"sources": told["sources"]})
     return Index.load(out, split)
+
+
+def left_out(out: Path, split: str) -> LeftOut:
+    """What report-SPLIT.json says was left out: samples by reason, and shards that are missing or cut."""
+    found = LeftOut()
+    for shard, report in json.loads((out / f"report-{split}.json").read_text(encoding="utf-8")).items():
+        for reason, count in report.get("counts", {}).items():
+            named = [key for key, why in report["reasons"].items() if why == reason]
+            found.add(reason, [f"{Url(shard).name}:{key}" for key in named] or [Url(shard).name], count)
+        if report["error"]:
+            found.add("cannot be read to its end", [f"{Url(shard).name}: {report['error']}"])
+    return found
 
 
 def _place(out: Path, shard: str) -> str:
@@ -203,6 +200,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{given.out}: {len(index)} samples of {len(index.shards)} shards; train on it with `source: {given.out}`")
+    for line in left_out(given.out, given.split).lines(given.out / f"report-{given.split}.json"):
+        print(line)
     return 0
 
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,7 +14,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from datamodules.layouts import Sample, Truncated, captions_of, open_shard, read_json, samples
+from datamodules.layouts import Sample, Truncated, open_shard, read_told, samples
 from datamodules.remote import RemoteOptions, filesystem, is_remote
 from datamodules.shards import TYPES, picture_size
 from lightning_t2i.errors import UserError
@@ -32,7 +33,7 @@ def part_path(out: Path, split: str, shard: str) -> Path:
 def index_shard(shard: str, out: Path, split: str, language: str, options: RemoteOptions = RemoteOptions()) -> None:
     """Writes the rows of a shard, and a report of what was left out and why, as one file that appears whole."""
     rows: list[dict[str, Any]] = []
-    report: dict[str, Any] = {"error": None, "skipped": 0, "reasons": {}}
+    report: dict[str, Any] = {"error": None, "skipped": 0, "reasons": {}, "counts": Counter()}
     keys = set[str]()
     try:
         known = beside(shard)
@@ -47,6 +48,7 @@ def index_shard(shard: str, out: Path, split: str, language: str, options: Remot
                     raise
                 except ValueError as reason:
                     report["skipped"] += 1
+                    report["counts"][str(reason)] += 1
                     if len(report["reasons"]) < NAMED:
                         report["reasons"][sample.key] = str(reason)
                     continue
@@ -94,13 +96,9 @@ def row_of(sample: Sample, data: BinaryIO, known: dict[str, Any], language: str)
     row: dict[str, Any] = {"key": sample.key, "ext": sample.ext}
     for name, ext in (("", sample.ext), ("json_", "json"), ("txt_", "txt")):
         row[f"{name}offset"], row[f"{name}size"] = sample.members.get(ext, (0, 0))
-    texts = {}
-    for ext in sorted({"json", "txt"} & set(sample.members), key=lambda ext: sample.members[ext]):
-        texts[ext] = _read(data, *sample.members[ext])
-    meta = {**known, **(read_json(texts["json"]) if "json" in texts else {})}
+    meta, captions = read_told(data, sample, language, known)
     if meta.get("status", "success") != "success":
         raise ValueError(f"status {meta['status']}")
-    captions = captions_of(meta, texts["txt"].decode("utf-8", "replace") if "txt" in texts else None, language)
     row |= {f"caption_{spoken}": True for spoken in captions}
     row["caption_length"] = max((len(text) for texts in captions.values() for text in texts), default=0)
     numbers = {n: float(v) for n, v in meta.items() if isinstance(v, bool | int | float)}

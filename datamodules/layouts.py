@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -120,6 +120,32 @@ def samples(file: BinaryIO) -> Iterator[Sample]:
         raise Truncated(str(error)) from error
     if sample is not None:
         yield sample
+
+
+def read_told(
+    file: BinaryIO, sample: Sample, language: str, known: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """What a sample's members say beside its picture: fields and captions by language.
+
+    Args:
+        file: the tar.
+        sample: its members; .json are fields, .txt is a caption, .cls a label.
+        language: of captions that do not say theirs.
+        known: fields from elsewhere, which those of the sample replace.
+
+    Raises:
+        ValueError: the .json or .cls cannot be understood.
+    """
+    parts = {}
+    for ext in sorted({"json", "txt", "cls"} & set(sample.members), key=lambda ext: sample.members[ext]):
+        file.seek(sample.members[ext][0])
+        parts[ext] = file.read(sample.members[ext][1])
+    facts = {**known, **(read_json(parts["json"]) if "json" in parts else {})}
+    if "cls" in parts:
+        if not parts["cls"].strip().isdigit():
+            raise ValueError("its .cls is no number of a class")
+        facts["label"] = int(parts["cls"])
+    return facts, captions_of(facts, parts.get("txt", b"").decode("utf-8", "replace"), language)
 
 
 def captions_of(meta: dict[str, Any], text: str | None, language: str) -> dict[str, list[str]]:

@@ -76,8 +76,7 @@ class GlobalOrder:
     def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Blocks in reading order, where each starts in the shuffled list, and the order within each block."""
         if epoch not in self._plans:
-            digest = hashlib.blake2b(f"{self.seed}\0{epoch}\0{self.sha}".encode(), digest_size=16).digest()
-            generator = np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
+            generator = keyed(f"{self.seed}\0{epoch}\0{self.sha}")
             blocks = -(-self.n // self.block)
             sizes: np.ndarray = np.full(blocks, self.block, dtype=np.int64)
             sizes[-1] = self.n - (blocks - 1) * self.block
@@ -90,6 +89,12 @@ class GlobalOrder:
                 del self._plans[min(self._plans)]
             self._plans[epoch] = order, starts, offsets
         return self._plans[epoch]
+
+
+def keyed(text: str) -> np.random.Generator:
+    """A generator whose draws depend on a text alone."""
+    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
 
 
 def batch_positions(k: int, size: int, rank: int = 0, world: int = 1) -> np.ndarray:

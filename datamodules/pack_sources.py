@@ -1,20 +1,24 @@
-"""Reads a folder of pictures with captions: a jsonl or csv file that names the pictures, or one .txt beside each."""
+"""Finds the pictures of a folder and what is told of them: by a table, by files beside them, by their folders.
+
+Pictures inside of parquet files and tars are those of `datamodules.pack_stored`.
+"""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
+from datamodules.layouts import captions_of, read_json
+from datamodules.left_out import listed
+from datamodules.pack_tables import CAPTION, FILE, picture_named, read_text, rows_of, tables_in
 from lightning_t2i.errors import UserError
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-TABLES = (".jsonl", ".csv")
-FILE = ("file_name", "file", "image", "path")  # names of the field that says which picture
-CAPTION = ("caption", "captions", "text", "prompt")
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")  # names of files and folders -> splits
 
 
 @dataclass
@@ -34,21 +38,40 @@ class Told:
         if not known:
             del self.captions[language]
 
+    def add_row(self, row: Mapping[str, Any], where: str, language: str) -> None:
+        """Adds a row; `caption_zh` and {"caption": {"zh": ...}} say the language, further fields are kept."""
+        for name, value in row.items():
+            if name in CAPTION:
+                by_language = value if isinstance(value, dict) else {language: value}
+            elif name.startswith("caption_"):
+                by_language = {name.removeprefix("caption_"): value}
+            elif name == "split":
+                self.split = str(value) or None
+                continue
+            elif name not in FILE:
+                self.more[name] = label_of(value, where) if name == "label" else value
+                continue
+            else:
+                continue
+            for spoken, texts in by_language.items():
+                self.add(spoken, texts if isinstance(texts, list) else [texts])
 
-def find_pictures(folder: Path) -> list[str]:
-    """Pictures under a folder, as sorted paths relative to it; hidden files and folders are left out.
 
-    Raises:
-        UserError: no such folder, or no picture in it.
-    """
-    if not folder.is_dir():
-        raise UserError("No such folder", where="FOLDER", given=folder)
-    found = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
-    names = sorted(p.as_posix() for p in found if not any(part.startswith(".") for part in p.parts))
-    if not names:
-        kinds = ", ".join(PICTURES)
-        raise UserError("No pictures in the folder or below it", where="FOLDER", given=folder, allowed=kinds)
-    return names
+class Place(NamedTuple):
+    """Where a picture's bytes are: a whole file, a piece of a tar, or a row in a row group of a parquet file."""
+
+    file: str
+    stamp: int  # when the file was changed last, in ns
+    start: int = 0  # first byte, or row in the row group
+    size: int = 0  # bytes; 0 in a parquet file
+    group: int = -1  # row group; -1 elsewhere
+
+
+def find_pictures(folder: Path) -> dict[str, Place]:
+    """Pictures under a folder by their sorted paths relative to it; hidden files and folders are left out."""
+    found = ((path.relative_to(folder), path) for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+    names = sorted((p.as_posix(), path) for p, path in found if not any(part.startswith(".") for part in p.parts))
+    return {name: Place(str(path), (facts := path.stat()).st_mtime_ns, 0, facts.st_size) for name, path in names}
 
 
 def read_captions(folder: Path, pictures: Iterable[str], table: Path | None, language: str) -> dict[str, Told]:
@@ -57,14 +80,14 @@ def read_captions(folder: Path, pictures: Iterable[str], table: Path | None, lan
     Args:
         folder: the folder of pictures.
         pictures: their paths relative to it.
-        table: the jsonl or csv file; None takes the only one that lies in `folder`, else the .txt files.
+        table: the file that names them; None takes the only one that lies in `folder`, else the files beside them.
         language: that of captions which do not say theirs.
 
     Raises:
         UserError: several tables to choose from, or one that cannot be understood, with file and line.
     """
     if table is None:
-        tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in TABLES)
+        tables = tables_in(folder)
         if len(tables) > 1:
             names = ", ".join(path.name for path in tables)
             raise UserError(
@@ -73,91 +96,110 @@ def read_captions(folder: Path, pictures: Iterable[str], table: Path | None, lan
         table = tables[0] if tables else None
     if table is None:
         return dict(_beside(folder, pictures, language))
-    if not table.is_file():
-        raise UserError("No such file of captions", where="--captions", given=table)
-    if table.suffix.lower() not in TABLES:
-        raise UserError("Not a kind of file for captions", where="--captions", given=table, allowed=TABLES)
     told: dict[str, Told] = {}
-    for where, row in (_jsonl if table.suffix.lower() == ".jsonl" else _csv)(table):
-        name = _path(row, where)
-        _add(told.setdefault(name, Told()), row, where, language)
+    for where, row in rows_of(table):
+        told.setdefault(picture_named(row, where), Told()).add_row(row, where, language)
+    if table.suffix.lower() == ".json":
+        return _at_their_places(told, pictures)
     return told
 
 
+def _at_their_places(told: dict[str, Told], pictures: Iterable[str]) -> dict[str, Told]:
+    """Annotations know the names of pictures, but not always the folders: a name that is there once is enough."""
+    places: dict[str, list[str]] = {}
+    for picture in pictures:
+        places.setdefault(PurePosixPath(picture).name, []).append(picture)
+    found = {}
+    for name, entry in told.items():
+        there = places.get(PurePosixPath(name).name, [])
+        found[there[0] if len(there) == 1 else name] = entry
+    return found
+
+
 def _beside(folder: Path, pictures: Iterable[str], language: str) -> Iterator[tuple[str, Told]]:
+    """From PICTURE.json where it has a caption (img2dataset's), else from PICTURE.txt, a caption a line."""
     for name in pictures:
-        text = (folder / name).with_suffix(".txt")
-        if text.is_file():
-            told = Told()
-            told.add(language, _text(text).splitlines())
+        text, facts, told = (folder / name).with_suffix(".txt"), (folder / name).with_suffix(".json"), Told()
+        if facts.is_file():
+            try:
+                row = read_json(facts.read_bytes())
+            except ValueError:  # something else that lies beside a picture
+                row = {}
+            if captions_of(row, None, language):
+                told.add_row({n: v for n, v in row.items() if v is not None}, str(facts), language)
+        if text.is_file() and not told.captions:
+            told.add(language, read_text(text).splitlines())
+        if text.is_file() or told.captions:
             yield name, told
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"Not UTF-8 text: {error.reason} at byte {error.start}", where=str(path)) from error
-
-
-def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for number, line in enumerate(_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"Not valid JSON: {error}", where=f"{path}:{number}", given=line[:80]) from error
-        if not isinstance(row, dict):
-            raise UserError("Not a JSON object", where=f"{path}:{number}", given=line[:80])
-        yield f"{path}:{number}", row
-
-
-def _csv(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    reader = csv.DictReader(_text(path).splitlines(keepends=True), strict=True)
-    try:
-        for row in reader:
-            where = f"{path}:{reader.line_num}"
-            if None in row or None in row.values():
-                raise UserError("Not as many cells as columns", where=where, fix="quote texts that hold commas")
-            yield where, row
-    except csv.Error as error:
-        raise UserError(f"Not valid CSV: {error}", where=f"{path}, after line {reader.line_num}") from error
-
-
-def _path(row: Mapping[str, Any], where: str) -> str:
-    given = next((row[name] for name in FILE if row.get(name)), None)
-    if not isinstance(given, str):
-        raise UserError(
-            "The row names no picture", where=where, given=list(row), allowed=f"a field {' or '.join(FILE)}"
-        )
-    path = PurePosixPath(given.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts:
-        raise UserError("A picture is named relative to the folder and lies in it", where=where, given=given)
-    return path.as_posix()
-
-
-def _add(told: Told, row: Mapping[str, Any], where: str, language: str) -> None:
-    """Adds a row; `caption_zh` and {"caption": {"zh": ...}} say the language, further fields are kept."""
-    for name, value in row.items():
-        if name in CAPTION:
-            by_language = value if isinstance(value, dict) else {language: value}
-        elif name.startswith("caption_"):
-            by_language = {name.removeprefix("caption_"): value}
-        elif name == "split":
-            told.split = str(value) or None
-            continue
-        elif name not in FILE:
-            told.more[name] = _label(value, where) if name == "label" else value
-            continue
-        else:
-            continue
-        for spoken, texts in by_language.items():
-            told.add(spoken, texts if isinstance(texts, list) else [texts])
-
-
-def _label(value: Any, where: str) -> int:
+def label_of(value: Any, where: str) -> int:
     try:
         return int(value)
     except (TypeError, ValueError) as error:
         raise UserError("A label is the number of a class", where=where, given=value) from error
+
+
+def split_named(name: str) -> str | None:
+    """The split that the name of a file says, or else that of a folder above it: train-00000-of-00002, val/x."""
+    for part in reversed(PurePosixPath(name).parts):
+        for word in re.split("[^a-z]+", part.lower()):
+            if word in SPLITS:
+                return SPLITS[word]
+    return None
+
+
+def add_splits(told: Mapping[str, Told], splits: Mapping[str, str | None]) -> None:
+    """Gives pictures the splits that names say; names that all say the same divide nothing."""
+    if len(set(splits.values()) - {None}) > 1:
+        for name, split in splits.items():
+            told[name].split = told[name].split or split
+
+
+def add_classes(told: dict[str, Told], pictures: Iterable[str], names: Path | None, language: str) -> list[str]:
+    """Reads FOLDER/CLASS/... or FOLDER/SPLIT/CLASS/...: labels, and the classes' names for pictures without a caption.
+
+    Args:
+        told: what is told of pictures by now; it is added to.
+        pictures: their paths.
+        names: lines "FOLDER name, another name", whose order is that of the labels (ImageNet's LOC_synset_mapping.txt);
+            None takes the sorted names of the folders, with spaces for underscores.
+        language: of the names.
+
+    Returns:
+        The name of each class in the order of labels.
+
+    Raises:
+        UserError: a picture in no folder of a class, or a folder that is not among the names.
+    """
+    parts = {picture: PurePosixPath(picture).parts for picture in pictures}
+    depth = 1 if all(len(p) > 2 and p[0].lower() in SPLITS for p in parts.values()) else 0
+    loose = [picture for picture, p in parts.items() if len(p) < depth + 2]
+    if loose:
+        raise UserError(
+            "Pictures that lie in no folder of a class",
+            where="--class-folders",
+            given=listed(loose),
+            allowed="CLASS/... or SPLIT/CLASS/...",
+            fix="move them into folders of classes, or away",
+        )
+    folders = sorted({p[depth] for p in parts.values()})
+    titles = _class_names(names) if names is not None else {name: [name.replace("_", " ")] for name in folders}
+    if unknown := [name for name in folders if name not in titles]:
+        fix = "add a line to the file for each"
+        raise UserError("Folders that are no class", where="--class-names", given=listed(unknown), fix=fix)
+    labels = {name: number for number, name in enumerate(titles)}
+    for picture, p in parts.items():
+        entry = told.setdefault(picture, Told())
+        entry.more["label"] = labels[p[depth]]
+        if not entry.captions:
+            entry.add(language, titles[p[depth]])
+    add_splits(told, {picture: SPLITS[p[0].lower()] if depth else None for picture, p in parts.items()})
+    return [", ".join(of) for of in titles.values()]
+
+
+def _class_names(path: Path) -> dict[str, Sequence[str]]:
+    if not path.is_file():
+        raise UserError("No such file of names", where="--class-names", given=path)
+    lines = [line.split(maxsplit=1) for line in read_text(path).splitlines() if line.strip()]
+    return {line[0]: line[-1].strip().split(", ") for line in lines}

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from datamodules.index_file import joined
 from datamodules.shards import Index, ShardWriter, finish, index_path, shard_name, write_index
 from lightning_t2i.errors import UserError
 from lightning_t2i.pairs import LAW
@@ -159,11 +159,7 @@ class PairFolder:
     def _write_index(self) -> None:
         pieces = [Index.load(self._piece(k), self.split) for k in range(self.shards)]
         tables = [pq.read_table(index_path(self._piece(k), self.split), use_threads=False) for k in range(self.shards)]
-        tables = [t.set_column(0, "shard", pa.array([k] * len(t), pa.int32())) for k, t in enumerate(tables)]
-        table = pa.concat_tables([t.replace_schema_metadata(None) for t in tables], promote_options="default")
-        for i, name in enumerate(table.column_names):  # a language that not every shard has
-            if table[name].null_count:
-                table = table.set_column(i, name, table[name].fill_null(False))
+        table = joined(tables)
         facts = {**pieces[0].facts, "world": self.facts, "n": len(table), "sha256": {}}
         for piece in pieces:
             facts["sha256"] |= piece.facts["sha256"]

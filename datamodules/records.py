@@ -9,6 +9,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,8 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datamodules.extents import Extents
-from datamodules.filters import Where, passing
+from datamodules.buckets import BucketOrder, Buckets
+from datamodules.extents import EVERYTHING, Extents
+from datamodules.filters import Where, chosen_rows
 from datamodules.index_file import Index
 from datamodules.layouts import captions_of, read_json
 from datamodules.order import GlobalOrder, finite_batches
@@ -70,11 +72,14 @@ class Stream(ABC):
 
     def begin(self, seed: int, name: str, shuffle: bool = True) -> None:
         """Fixes the order and the draws; two streams of one data set differ by their names."""
-        sha = json.dumps(self.identity, sort_keys=True)
-        self.order = GlobalOrder(len(self), sha, f"{seed}/{name}", self.lanes, self.block, shuffle)
+        self.order = self.make_order(json.dumps(self.identity, sort_keys=True), f"{seed}/{name}", shuffle)
         self.keys = Keys(seed).fork(f"data/{name}")
         self.bad: dict[str, str] = {}
         self._fresh: dict[str, str] = {}
+
+    def make_order(self, sha: str, seed: str, shuffle: bool) -> GlobalOrder | BucketOrder:
+        """The order of the rows."""
+        return GlobalOrder(len(self), sha, seed, self.lanes, self.block, shuffle)
 
     def load(self, positions: Sequence[int] | np.ndarray, batch_index: int) -> Records:
         """The samples at global positions; `batch_index` is the number of the batch they form."""
@@ -113,15 +118,20 @@ class Stream(ABC):
             if name not in self.bad:
                 log.warning("bad sample %s replaced: %s", name, reason)
         self.bad.update(fresh)
-        if len(self.bad) > self.max_bad_fraction * len(self):
-            name, reason = next(iter(self.bad.items()))
-            raise UserError(
-                f"Too many bad samples; the first is {name}: {reason}",
-                where="max_bad_fraction",
-                given=f"{len(self.bad)} bad of {len(self)}",
-                allowed=f"at most {self.max_bad_fraction:g} of the samples",
-                fix="repair the data set, or raise max_bad_fraction",
-            )
+        refuse_bad(self.bad, len(self), self.max_bad_fraction)
+
+
+def refuse_bad(bad: dict[str, str], count: int, share: float) -> None:
+    """Raises a UserError where more than a share of `count` samples is bad; `bad` is name -> reason."""
+    if len(bad) > share * count:
+        name, reason = next(iter(bad.items()))
+        raise UserError(
+            f"Too many bad samples; the first is {name}: {reason}",
+            where="max_bad_fraction",
+            given=f"{len(bad)} bad of {count}",
+            allowed=f"at most {share:g} of the samples",
+            fix="repair the data set, or raise max_bad_fraction",
+        )
 
 
 def sample_id(data_set: str, split: str, key: str) -> int:
@@ -130,13 +140,18 @@ def sample_id(data_set: str, split: str, key: str) -> int:
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
+def captions_in(meta: dict[str, Any], languages: Sequence[str]) -> list[str]:
+    """A sample's captions in `languages`, in their order, without empty ones."""
+    return [text for language in languages for text in meta.get("caption", {}).get(language, []) if text.strip()]
+
+
 def choose_caption(meta: dict[str, Any], languages: Sequence[str], u: float) -> str:
     """One of a sample's captions in `languages`, each equally likely for u uniform in (0, 1).
 
     Raises:
         BadSample: there is none.
     """
-    captions = [text for language in languages for text in meta.get("caption", {}).get(language, []) if text.strip()]
+    captions = captions_in(meta, languages)
     if not captions:
         raise BadSample(f"no caption in {', '.join(languages)}")
     return captions[int(u * len(captions))]
@@ -176,6 +191,8 @@ class Shards:
         where: filters on the index, see `datamodules.filters.passing`.
         remote: how shards behind URLs are read.
         lanes, block: of the order in which samples are read, which remote reads follow.
+        buckets: sizes of pictures; the rows of a bucket then lie side by side.
+        parts: members that are read, see `datamodules.extents.Extents`.
 
     Raises:
         UserError: no such folder or split, a local shard is missing or empty, or no sample is left.
@@ -191,6 +208,8 @@ class Shards:
         remote: RemoteOptions = RemoteOptions(),
         lanes: int = 1,
         block: int = 256,
+        buckets: Buckets | None = None,
+        parts: Sequence[str] = EVERYTHING,
     ):
         facts = folder / "dataset.json"
         if not facts.is_file():
@@ -212,25 +231,13 @@ class Shards:
                 state = "empty" if path.is_file() else "missing"
                 fix = "copy the shard again, or write the data set anew"
                 raise UserError(f"A shard named by the index is {state}", where=str(folder), given=path, fix=fix)
-        rows = np.arange(len(self.index))
-        if languages is not None:
-            rows = rows[self._speaks(languages)]
-        if where:
-            rows = rows[passing(self.index, where)[rows]]
-        self.rows = rows[:limit]
+        self.rows = chosen_rows(self.index, languages, where, limit, buckets)
         if len(self.rows) == 0:
             given = f"split={split}, languages={languages}, where={dict(where or {})}"
             raise UserError("No sample is left", where=str(folder), given=given)
         self._files: dict[int, int] = {}
         remotely = any(isinstance(path, Url) for path in self.index.shards)
-        self.extents = Extents(self.index, self.rows, remote, lanes, block) if remotely else None
-
-    def _speaks(self, languages: Sequence[str]) -> np.ndarray:
-        known = [name.removeprefix("caption_") for name in self.index.columns if name.startswith("caption_")]
-        for language in languages:
-            if language not in known:
-                raise UserError("No captions in this language", where="languages", given=language, allowed=known)
-        return np.any([self.index[f"caption_{language}"] for language in languages], axis=0)
+        self.extents = Extents(self.index, self.rows, remote, lanes, block, parts) if remotely else None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -238,11 +245,10 @@ class Shards:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}  # descriptors mean nothing in another process
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
-        """Name, index hash and a hash of the rows that the filters left."""
-        rows = hashlib.blake2b(self.rows.tobytes(), digest_size=8).hexdigest()
-        return {"data": f"{self.name}/{self.split}", "sha": self.index.sha, "rows": rows}
+        """Name, index hash and a hash of the rows that the filters left, in their order."""
+        return {"data": f"{self.name}/{self.split}", "sha": self.index.sha, "rows": self.rows.digest()}
 
     def title(self, row: int) -> str:
         """Shard and key of a sample, for messages."""
@@ -266,6 +272,8 @@ class Shards:
         if language is None:
             return meta
         text = self._read(row, "txt_offset", "txt_size").decode("utf-8", "replace")
+        if "label" in self.index.columns and not np.isnan(label := self.index["label"][self.rows[row]]):
+            meta = {**meta, "label": int(label)}  # of a .cls, or of metadata beside the shard
         return {**meta, "caption": captions_of(meta, text, language)}
 
     def ahead(self, rows: Sequence[int]) -> None:

@@ -9,9 +9,12 @@ import numpy as np
 from torch import Tensor
 
 from datamodules.image_text import ImageText
+from datamodules.records import captions_in
+from datamodules.remote import RemoteOptions
 from datamodules.streams import Streams
 from datamodules.worlds.shapes_captions import short_chinese
 from lightning_t2i.batch import Records
+from lightning_t2i.errors import UserError
 
 
 class RetrievalPairs(ImageText):
@@ -24,6 +27,8 @@ class RetrievalPairs(ImageText):
 
     def __init__(self, source: str, split: str = "train", batch_size: int = 64, short: bool = False, **options: Any):
         super().__init__(source, split, batch_size, **options)
+        if short and self.text == "cached":
+            raise UserError("Short captions are not those of the data set", where="text", given="cached", fix="online")
         self.short = short
         self._captions: dict[int, list[str]] = {}
 
@@ -35,8 +40,7 @@ class RetrievalPairs(ImageText):
         meta, picture = super()._read(row, where)
         if self.short:
             meta = {**meta, "caption": {"zh": short_chinese(meta["scene"])}}
-        texts = [text for language in self.languages for text in meta["caption"].get(language, ()) if text.strip()]
-        self._captions[self.shards.id(row)] = texts
+        self._captions[self.shards.id(row)] = captions_in(meta, self.languages)
         return meta, picture
 
     def fetch(self, rows: np.ndarray, positions: Tensor) -> Records:
@@ -71,7 +75,10 @@ class RetrievalDataModule(Streams):
         workers: int = 0,
     ):
         sizes = (batch_size, val_batch_size, val_batch_size)
+        given = dict(options or {})
+        if isinstance(given.get("remote"), dict):  # as a config says it
+            given["remote"] = RemoteOptions(**given["remote"])
         main, val, test = (
-            RetrievalPairs(source, split, size, **(options or {})) for split, size in zip(splits, sizes, strict=True)
+            RetrievalPairs(source, split, size, **given) for split, size in zip(splits, sizes, strict=True)
         )
         super().__init__(main, val=val, test=test, seed=seed, accumulate=accumulate, workers=workers)

@@ -212,10 +212,11 @@ def finish(
     os.replace(part, folder / "dataset.json")
 
 
-def build(folder: Path, write: Callable[[Path], None]) -> Path:
+def build(folder: Path, write: Callable[[Path], None], goes_on: bool = False) -> Path:
     """`folder`, made by `write` unless it is complete already; it appears whole or not at all.
 
-    Of several processes that ask at once one builds and the others wait. What a killed build left is removed.
+    Of several processes that ask at once one builds and the others wait. What a killed build left is removed, or given
+    to `write` again where it `goes_on` from there.
 
     Raises:
         UserError: something else lies there.
@@ -230,8 +231,9 @@ def build(folder: Path, write: Callable[[Path], None]) -> Path:
             fix = "name a new folder, or move what is there out of the way"
             raise UserError("The folder to write to is not empty and is no data set", where=str(folder), fix=fix)
         part = folder.parent / f".{folder.name}.part"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
+        if not goes_on:
+            shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(exist_ok=True)
         write(part)
         os.replace(part, folder)
     return folder

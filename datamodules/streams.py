@@ -7,17 +7,25 @@ from functools import partial
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from datamodules.captioned import refuse_other_encoders
 from datamodules.order import batch_positions
 from datamodules.records import Stream
-from lightning_t2i.batch import Batch, Records
+from lightning_t2i.batch import Batch, Records, map_values
 from lightning_t2i.errors import UserError
 from lightning_t2i.slurm import outlive_signals
 
 # What a change of a hash says of the data.
 MEANINGS = {"sha": ": its shards hold other samples", "rows": ": its filters leave other samples"}
+
+
+# Bytes up to which a worker sends a tensor as an array: a tensor costs it a file descriptor, and the training process a
+# connection to fetch that, about half a millisecond in all.
+SMALL = 1 << 16
 
 
 class _Loads(Dataset):
@@ -27,7 +35,10 @@ class _Loads(Dataset):
         self.stream, self.positions = stream, positions
 
     def __getitem__(self, k: int) -> tuple[Records, dict[str, str]]:
-        return self.stream.load(self.positions(k), k), self.stream.take_fresh()
+        records = self.stream.load(self.positions(k), k)
+        if get_worker_info() is not None:
+            records = map_values(records, lambda _, x: x.numpy() if x.nbytes <= SMALL else x)
+        return records, self.stream.take_fresh()
 
 
 class _From:
@@ -70,7 +81,7 @@ class StreamLoader:
         workers: int = 0,
         pin: bool = False,
     ):
-        self.streams = streams
+        self.streams, self.pin = streams, pin
         self.length: int | None = None
         self.loaders: dict[str, DataLoader] = {}
         for name, stream in streams.items():
@@ -105,9 +116,15 @@ class StreamLoader:
                 found = next(iterator, None)
                 if found is None:
                     return
-                batch[name], fresh = found
+                sent, fresh = found
+                batch[name] = map_values(sent, self._tensor, np.ndarray)
                 self.streams[name].report(fresh)
             yield batch
+
+    def _tensor(self, name: str, array: np.ndarray) -> Tensor:
+        """What a worker sent as an array."""
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory() if self.pin else tensor
 
 
 class Streams(L.LightningDataModule):
@@ -224,6 +241,7 @@ class Streams(L.LightningDataModule):
 
     def _loader(self, streams: dict[str, Stream], finite: bool, workers: int) -> StreamLoader:
         trainer = self.trainer
+        refuse_other_encoders(getattr(trainer, "lightning_module", None), streams)
         return StreamLoader(
             streams,
             (lambda name: 0) if finite else (lambda name: self.cursors()[name]),

@@ -15,21 +15,25 @@ def _per_row(name: str) -> bool:
     return not name.startswith("null_") and name != "cursor"
 
 
-def _map_tensors(record: T, function) -> T:
-    """A copy of a dataclass whose tensors, those of nested records too, went through `function(name, tensor)`."""
+def map_values(record: T, function, kind: type = Tensor) -> T:
+    """A copy of a dataclass whose tensors, those of nested records too, went through `function(name, tensor)`.
+
+    Args:
+        kind: of the values that are changed, where they are no tensors.
+    """
     changed: dict[str, Any] = {}
     for field in fields(record):
         value = getattr(record, field.name)
-        if isinstance(value, Tensor):
+        if isinstance(value, kind):
             changed[field.name] = function(field.name, value)
         elif isinstance(value, Cond):
-            changed[field.name] = _map_tensors(value, function)
+            changed[field.name] = map_values(value, function, kind)
     return replace(record, **changed)
 
 
 def _take(record: T, rows) -> T:
     """Rows of a record; `rows` is a slice or an index tensor [N]."""
-    taken = _map_tensors(record, lambda name, x: x[rows] if _per_row(name) else x)
+    taken = map_values(record, lambda name, x: x[rows] if _per_row(name) else x)
     positions = range(*rows.indices(len(record))) if isinstance(rows, slice) else rows.tolist()
     lists: dict[str, Any] = {
         f.name: [getattr(record, f.name)[i] for i in positions]
@@ -97,7 +101,7 @@ class Cond:
         def join(name: str, x: Tensor) -> Tensor:
             return torch.cat([x, getattr(other, name)]) if _per_row(name) else x
 
-        return _map_tensors(self, join)
+        return map_values(self, join)
 
     def index(self, rows) -> Cond:
         """The conditions of `rows`, a slice or an index tensor."""
@@ -105,14 +109,14 @@ class Cond:
 
     def repeat(self, times: int) -> Cond:
         """Each condition `times` times in a row: [a, a, b, b, ...]."""
-        return _map_tensors(self, lambda name, x: x.repeat_interleave(times, 0) if _per_row(name) else x)
+        return map_values(self, lambda name, x: x.repeat_interleave(times, 0) if _per_row(name) else x)
 
     def to(self, device=None, dtype: torch.dtype | None = None) -> Cond:
         """Moves every tensor; `dtype` applies to floating-point ones only."""
-        return _map_tensors(self, lambda _, x: x.to(device, dtype if x.is_floating_point() else None))
+        return map_values(self, lambda _, x: x.to(device, dtype if x.is_floating_point() else None))
 
     def detach(self) -> Cond:
-        return _map_tensors(self, lambda _, x: x.detach())
+        return map_values(self, lambda _, x: x.detach())
 
     def to_cache(self) -> list[dict[str, Tensor]]:
         """One dict per sample without padding: a cache of padded tokens would be five to ten times larger."""
@@ -138,9 +142,9 @@ class Records:
     """B samples of one stream.
 
     id [B] int64, hash of data set and key; position [B] int64, place in the stream's global sequence; image
-    [B, 3, H, W] in [-1, 1]; latent [B, C, h, w] with unit scale; label [B] int64; noise_seed [B] int64; captions: all
-    of a picture, where a stream of a retrieval set gives them beside the drawn one; cursor: batches of the stream
-    consumed once this one is.
+    [B, 3, H, W] in [-1, 1]; latent [B, C, h, w] with unit scale, float16 where it was cached; label [B] int64;
+    noise_seed [B] int64; captions: all of a picture, where a stream of a retrieval set gives them beside the drawn one;
+    cursor: batches of the stream consumed once this one is.
     """
 
     id: Tensor
@@ -172,10 +176,10 @@ class Records:
         return _take(self, rows)
 
     def to(self, device=None, non_blocking: bool = False) -> Records:
-        return _map_tensors(self, lambda _, x: x.to(device, non_blocking=non_blocking))
+        return map_values(self, lambda _, x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Records:
-        return _map_tensors(self, lambda _, x: x.pin_memory())
+        return map_values(self, lambda _, x: x.pin_memory())
 
 
 Batch = dict[str, Records]

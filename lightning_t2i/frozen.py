@@ -18,23 +18,27 @@ def freeze(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     return network.to(dtype) if dtype is not None else network
 
 
-def folder_identity(source: str | Path, revision: str | None = None) -> str:
+def folder_identity(source: str | Path, revision: str | None = None, parts: tuple[str, ...] = ("",)) -> str:
     """What a frozen network's weights are known by: the hash of its folder, or hub id and revision.
 
     The hash covers names and contents of the weight and config files, so that a moved folder keeps its identity.
+
+    Args:
+        parts: how the paths of the files begin that count.
     """
     folder = Path(source)
     if not folder.is_dir():
         return f"{source}@{revision or 'main'}"
-    return rank0.agreed(lambda: _hash_of(folder))
+    return rank0.agreed(lambda: _hash_of(folder, parts))
 
 
-def _hash_of(folder: Path) -> str:
+def _hash_of(folder: Path, parts: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
-        if file.suffix not in {".json", ".safetensors", ".txt", ".model"}:
+        name = file.relative_to(folder).as_posix()
+        if file.suffix not in {".json", ".safetensors", ".txt", ".model"} or not name.startswith(parts):
             continue
-        digest.update(file.relative_to(folder).as_posix().encode())
+        digest.update(name.encode())
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return f"sha256:{digest.hexdigest()[:16]}"

@@ -61,6 +61,52 @@ def draw_grid(
     return canvas
 
 
+def wrapped(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """`text` in lines of at most `width` pixels."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def contact_sheet(
+    images: Sequence[Image.Image], texts: Sequence[str], columns: int = 6, side: int = 128, room: int = 4
+) -> Image.Image:
+    """Pictures of any sizes in rows, each with its text below it.
+
+    Args:
+        images: shown whole, their longer side `side` pixels; smaller ones are enlarged by whole factors.
+        texts: one a picture, cut to `room` lines.
+        columns: pictures of a row.
+        side: pixels of the square that a picture has.
+        room: lines of text below it.
+    """
+    font, line, cell = ImageFont.load_default(11), 13, side + 72
+    height = side + room * line + 4
+    page = Image.new("RGB", (columns * cell, -(-len(images) // columns) * height), "white")
+    draw = ImageDraw.Draw(page)
+    for number, (image, text) in enumerate(zip(images, texts, strict=True)):
+        x, y = number % columns * cell, number // columns * height + 8
+        image = _fitted(image, side)
+        page.paste(image, (x + (cell - image.width) // 2, y))
+        for i, words in enumerate(wrapped(text, font, cell - 16)[:room]):
+            draw.text((x + cell / 2, y + side + 4 + i * line), words, fill="black", font=font, anchor="ma")
+    return page
+
+
+def _fitted(image: Image.Image, side: int) -> Image.Image:
+    longer = max(image.size)
+    if longer <= side:
+        factor = side // longer
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    width, height = (max(1, round(length * side / longer)) for length in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
 def save_png(image: Image.Image, path: Path, **texts: str) -> None:
     """Writes a PNG that readers see whole or not at all; `texts` are kept in the file, in any script."""
     notes = PngInfo()

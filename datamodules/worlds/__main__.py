@@ -7,46 +7,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from datamodules.records import Shards
 from datamodules.worlds import NAMES, ensure
 from lightning_t2i.errors import UserError
+from lightning_t2i.pictures import contact_sheet
 
 COLUMNS, ROWS = 6, 2  # samples of each world on the sheet
-ZOOM, CELL, TEXT, LINE = 4, 200, 56, 13  # pixels: times a picture's side, cell width, room for captions, line height
-
-
-def wrapped(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """`text` in lines of at most `width` pixels."""
-    lines: list[str] = []
-    for word in text.split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
 
 
 def sheet(folders: Sequence[Path]) -> Image.Image:
     """Training samples of data sets, evenly spaced, each with the last of its English captions, which tells most."""
-    font = ImageFont.load_default(11)
-    height = 32 * ZOOM + TEXT
-    page = Image.new("RGB", (COLUMNS * CELL, len(folders) * ROWS * height), "white")
-    draw = ImageDraw.Draw(page)
-    for number, folder in enumerate(folders):
+    pictures, texts = [], []
+    for folder in folders:
         shards = Shards(folder, "train", ["en"])
         for place in range(COLUMNS * ROWS):
             row = place * len(shards) // (COLUMNS * ROWS)
-            x = place % COLUMNS * CELL
-            y = (number * ROWS + place // COLUMNS) * height + 8
-            picture = shards.picture(row).resize((32 * ZOOM, 32 * ZOOM), Image.Resampling.NEAREST)
-            page.paste(picture, (x + (CELL - 32 * ZOOM) // 2, y))
-            for line, text in enumerate(wrapped(shards.meta(row)["caption"]["en"][-1], font, CELL - 16)):
-                at = (x + CELL / 2, y + 32 * ZOOM + 4 + line * LINE)
-                draw.text(at, text, fill="black", font=font, anchor="ma")
-    return page
+            pictures.append(shards.picture(row))
+            texts.append(shards.meta(row)["caption"]["en"][-1])
+    return contact_sheet(pictures, texts, COLUMNS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from lightning_t2i.batch import Cond
 from lightning_t2i.errors import UserError
+from lightning_t2i.frozen import folder_identity
+from lightning_t2i.paths import resolve
 from lightning_t2i.state_io import local_tensor
 
 Tokens: TypeAlias = dict[str, Tensor]
@@ -74,6 +76,7 @@ class TextEncoder(nn.Module):
         self._t5_tokenizer = t5_tokenizer
         self.trim, self.t5_length, self.zero_null = trim, t5_length, zero_null
         self._null: tuple[Any, Encoded] | None = None
+        self.source: tuple[str, str | None] | None = None  # folder or hub id and revision that it was read from
 
     @classmethod
     def from_pretrained(
@@ -113,7 +116,9 @@ class TextEncoder(nn.Module):
         if "clip_2" in parts:  # a pipeline that does not say it takes zeros
             parts["zero_null"] = bool(index.get("force_zeros_for_empty_prompt", True))
         length = t5_length or (512 if "clip" in parts else 120)
-        return cls(**parts, t5_length=length, trim=trim).eval()
+        found = cls(**parts, t5_length=length, trim=trim).eval()
+        found.source = str(path), revision
+        return found
 
     def encoders(self) -> dict[str, tuple[Any, Any]]:
         """The encoders that there are with their tokenizers, by name, in the order of a pipeline's components."""
@@ -131,6 +136,18 @@ class TextEncoder(nn.Module):
                   for name, (encoder, _) in self.encoders().items()}  # fmt: skip
         return widths.get("t5") or sum(widths.values())
 
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Tokens at which each encoder's captions are cut, and to which they are padded unless trimmed."""
+        most = {name: self.t5_length if name == "t5" else encoder.config.max_position_embeddings
+                for name, (encoder, _) in self.encoders().items()}  # fmt: skip
+        return {name: min(tokenizer.model_max_length, most[name]) for name, (_, tokenizer) in self.encoders().items()}
+
+    @property
+    def masks(self) -> bool:
+        """Whether a mask hides padding from the denoiser; elsewhere every position counts, padding too."""
+        return self.clip is None
+
     def shard_roots(self) -> list[nn.Module]:
         """What is sharded, each as a root of its own."""
         return [encoder for encoder, _ in self.encoders().values()]
@@ -138,15 +155,13 @@ class TextEncoder(nn.Module):
     def tokenize(self, captions: list[str]) -> Tokens:
         """Captions to "clip", "clip_2" int64 [B, L] and "t5", "t5_mask" int64 [B, L'] on the CPU; long ones are cut."""
         tokens: Tokens = {}
-        for name, (encoder, tokenizer) in self.encoders().items():
+        lengths = self.lengths
+        for name, (_, tokenizer) in self.encoders().items():
+            padding = "longest" if name == "t5" and self.trim else "max_length"
+            out = self._call(tokenizer, captions, lengths[name], padding)
+            tokens[name] = out["input_ids"]
             if name == "t5":
-                padding = "longest" if self.trim else "max_length"
-                length = min(tokenizer.model_max_length, self.t5_length)
-                out = self._call(tokenizer, captions, length, padding)
-                tokens["t5"], tokens["t5_mask"] = out["input_ids"], out["attention_mask"]
-            else:
-                length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-                tokens[name] = self._call(tokenizer, captions, length, "max_length")["input_ids"]
+                tokens["t5_mask"] = out["attention_mask"]
         return tokens
 
     def encode(self, tokens: Tokens) -> Encoded:
@@ -209,6 +224,11 @@ class TextEncoder(nn.Module):
     @staticmethod
     def _call(tokenizer: Any, captions: list[str], length: int, padding: str) -> Any:
         return tokenizer(list(captions), padding=padding, max_length=length, truncation=True, return_tensors="pt")
+
+
+def text_identity(source: str, revision: str | None = None) -> str:
+    """What the text encoders of a pipeline are known by: the hash of their folders and tokenizers, or id and commit."""
+    return folder_identity(resolve(source), revision, ("text_encoder", "tokenizer"))
 
 
 def _row(parts: Encoded, row: int) -> Encoded:

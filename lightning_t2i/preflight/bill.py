@@ -30,6 +30,19 @@ class Network:
     bytes: int
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """The captions of one process's part of a micro-batch in a frozen text encoder.
+
+    rows; flops: operations; width, pooled: channels of a token and of the pooled output (0: none).
+    """
+
+    rows: int
+    flops: int
+    width: int
+    pooled: int
+
+
 @dataclass
 class Bill:
     """What a training costs one process.
@@ -38,7 +51,7 @@ class Bill:
     flops_of: operations of a mean training step on one process, by network (autoencoders by half); moved: bytes of its
     collectives in a mean step, by (name, spans nodes); checkpoint: bytes of one, whole tensors; snapshot: bytes of one
     of the averages, in bf16; optimizers: group -> class; batch: stream -> bytes of one process's part of a micro-batch;
-    absent: see `Noted`.
+    absent: see `Noted`; encodings: of the streams with captions, whether or not they are cached.
     """
 
     networks: list[Network] = field(default_factory=list)
@@ -52,6 +65,7 @@ class Bill:
     optimizers: dict[str, str] = field(default_factory=dict)
     batch: dict[str, int] = field(default_factory=dict)
     absent: set[str] = field(default_factory=set)
+    encodings: dict[str, Encoding] = field(default_factory=dict)
 
 
 def networks(method: Any) -> Iterator[Network]:

@@ -17,6 +17,7 @@ from lightning_t2i.cli.explain import descend
 from lightning_t2i.cli.main import Request, loading
 from lightning_t2i.cli.verbs import opened
 from lightning_t2i.preflight.bill import Bill
+from lightning_t2i.preflight.captions import captions_of, text_caches
 from lightning_t2i.preflight.doubts import doubts
 from lightning_t2i.preflight.fetch import Cache, cached, fetch, hub_sources
 from lightning_t2i.preflight.plan import Plan
@@ -63,11 +64,13 @@ def planned(session: Any, config: dict[str, Any], request: Request, hub: Cache) 
     ram = world.per_node * ram_per_process(sources, bill.batch, workers)
     folder = runs.runs_root() / runs.run_name(request.run, request.configs)
     stores = [*checkpoints(bill, given.checkpoints, steps, folder)] if bill.checkpoint else []
-    stores += caches({**streams, **getattr(data, "finite", {})})
+    every = {**streams, **getattr(data, "finite", {})}
+    texts = captions_of(method, streams, sources, bill, world.ranks, max(steps, 0))
+    stores += [*caches(every), *text_caches(texts, every)]
     rate, assumed = assumed_rate(given.trainer.accelerator, method.common.precision, request.tflops)
     title = (sys.modules[type(method).__module__].__doc__ or type(method).__name__).strip().splitlines()[0]
     found = doubts(config, method, world, bill, sources, stores, ram, hub)
-    return Plan(title, world, bill, steps, sources, ram, stores, rate, assumed, workers, hub, found)
+    return Plan(title, world, bill, steps, sources, ram, stores, rate, assumed, workers, hub, found, texts)
 
 
 def checkpoints(bill: Bill, options: CheckpointOptions, steps: int, folder: Path) -> Iterator[Store]:

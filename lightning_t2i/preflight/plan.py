@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning_t2i.preflight.bill import Bill
+from lightning_t2i.preflight.captions import Captions
 from lightning_t2i.preflight.doubts import Doubt
 from lightning_t2i.preflight.fetch import Cache
 from lightning_t2i.preflight.sources import Source, Store, free_bytes
@@ -24,7 +25,7 @@ class Plan:
 
     title; world; bill; steps of the training; sources; ram: bytes that the loaders of a node hold; stores; rate:
     operations per second that one device is assumed to do, with `assumed` saying why; workers of a stream; hub;
-    doubts; seconds that the check took.
+    doubts; texts: captions by training stream; seconds that the check took.
     """
 
     title: str
@@ -39,6 +40,7 @@ class Plan:
     workers: int
     hub: Cache
     doubts: list[Doubt]
+    texts: list[Captions] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -66,6 +68,7 @@ class Plan:
             "writes": [{**asdict(s), "place": str(s.place), "free": free_bytes(s.place)} for s in self.stores],
             "data": [asdict(source) for source in self.sources],
             "ram_per_node": self.ram,
+            "captions": [asdict(captions) for captions in self.texts],
             "steps": self.steps,
             "eta": {"seconds": None if math.isnan(self.eta) else self.eta, "flops_per_second": self.rate},
             "assumed": [*world.assumed, self.assumed],
@@ -79,7 +82,15 @@ class Plan:
 
     def text(self) -> str:
         """For people. Nothing in it was measured; assumptions are named."""
-        parts = [self._head(), self._networks(), self._memory(), self._moved(), self._written(), self._data()]
+        parts = [
+            self._head(),
+            self._networks(),
+            self._memory(),
+            self._moved(),
+            self._written(),
+            self._data(),
+            self._captions(),
+        ]
         return "\n\n".join([*(part for part in parts if part), self._time(), self._warnings()])
 
     def _head(self) -> str:
@@ -139,6 +150,28 @@ class Plan:
             rows = "not there" if not s.there else "unknown" if s.rows is None else f"{s.rows:,} samples"
             shards = f" in {s.shards} shards" if s.shards else ""
             lines.append(f"  {s.name:8}{rows}{shards}  {s.place}")
+        return "\n".join(lines)
+
+    def _captions(self) -> str:
+        """Numbers for `text: online | cached`."""
+        lines = ["captions (text: online or cached)"] if self.texts else []
+        for c in self.texts:
+            epochs = "" if c.epochs is None else f", {c.epochs:,.3g} epochs"
+            real = f"{c.tokens:.1f} of {c.length} tokens a caption"
+            lines.append(f"  {c.name:8}{c.text}; encoding is {c.share:.1%} of a step's operations{epochs}; {real}")
+            if c.captions is None or c.made is None:
+                kilobytes = {name: size / 1e3 for name, size in c.sizes.items()}
+                shown = "a caption costs {bf16:.1f} kB in bf16, {fp8:.1f} in fp8, {padded:.1f} padded".format(
+                    **kilobytes
+                )
+                lines.append(f"{'':10}in a cache {shown}")
+                continue
+            sizes = {name: c.captions * size / GB for name, size in c.sizes.items()}
+            shown = "{bf16:,.3f} GB in bf16, {fp8:,.3f} in fp8, {padded:,.3f} padded".format(**sizes)
+            lines.append(f"{'':10}a cache of {c.captions:,} captions: {shown}")
+            made, saved = (duration(abs(x) / self.rate / self.world.ranks) for x in (c.made, c.spent - c.made))
+            change = f"saves {saved}" if c.spent > c.made else f"costs {saved} more than it saves"
+            lines.append(f"{'':10}it takes {made} and {change}: {c.better}")
         return "\n".join(lines)
 
     def _time(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +14,15 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from datamodules.image_text import ImageText
 from datamodules.pairs import Pairs
+from datamodules.pictures import BadSample
 from datamodules.points import Points
-from datamodules.prompts import Prompts
-from datamodules.records import BadSample, Shards
+from datamodules.prompts import SUFFIXES, Prompts
+from datamodules.records import Shards, captions_in
+from datamodules.remote import RemoteOptions
 from datamodules.shards import index_path
 from lightning_t2i.batch import Batch, Records
 from lightning_t2i.errors import UserError
+from lightning_t2i.networks.text_encoder import TextEncoder
 from lightning_t2i.preflight.sources import folder_of, latent_shape
 
 # A scene of the shapes world, which its classifiers are trained to read.
@@ -63,17 +67,47 @@ def batch_of(streams: dict[str, Any], world: int, method: Any) -> Batch:
     return batch
 
 
+def some_captions(stream: Any) -> list[list[str]]:
+    """Captions of some samples from all over a data set, none where there is no data set."""
+    place = stream.source
+    if Path(place).suffix in SUFFIXES or not index_path(folder_of(place), stream.split).is_file():
+        return []
+    where, remote = getattr(stream, "where", None), getattr(stream, "remote", RemoteOptions())
+    shards = Shards(folder_of(place), stream.split, stream.languages, stream.limit, where, remote)
+    found = []
+    for row in range(0, len(shards), math.ceil(len(shards) / LOOKED_AT)):
+        with contextlib.suppress(BadSample):
+            found.append(captions_in(shards.meta(row), stream.languages))
+    return found
+
+
 def captions(stream: ImageText, rows: int) -> list[str]:
     """As many captions as rows: the longest of some from all over the data set, `UNKNOWN` where there is none."""
-    folder, found = folder_of(stream.source), set[str]()
-    if index_path(folder, stream.split).is_file():
-        shards = Shards(folder, stream.split, stream.languages, stream.limit, stream.where, stream.remote)
-        for row in range(0, len(shards), math.ceil(len(shards) / LOOKED_AT)):
-            with contextlib.suppress(BadSample):
-                known = shards.meta(row).get("caption", {})
-                found |= {text for language in stream.languages for text in known.get(language, ())}
+    found = {text for texts in some_captions(stream) for text in texts}
     longest = sorted(found, key=len, reverse=True) or [UNKNOWN]
     return (longest * rows)[:rows]
+
+
+def text_encoder(method: Any) -> TextEncoder | None:
+    """The frozen text encoder of a built method, whose captions can be cached."""
+    found = [getattr(method, name) for name in getattr(method, "frozen_identities", ())]
+    return next((network for network in found if isinstance(network, TextEncoder)), None)
+
+
+def _words(stream: Any, texts: list[str], method: Any) -> dict[str, Any]:
+    """Captions and, where they are cached, the conditions that the method's own text encoder gives."""
+    words = {"caption": texts, "scene": [SCENE] * len(texts)}
+    if stream.text == "online":
+        return words
+    encoder = text_encoder(method)
+    if encoder is None:
+        what, allowed = "No frozen text encoder says what cached captions are", "text: online"
+        raise UserError(what, where="data", given=f"text: cached of {stream.source}", allowed=allowed)
+    trim, encoder.trim = encoder.trim, stream.text_cache.trim and encoder.masks
+    with torch.no_grad():
+        cond = encoder(texts)
+    encoder.trim = trim
+    return {**words, "cond": cond.to(dtype=torch.float32)}
 
 
 def _classes(method: Any) -> int:
@@ -82,14 +116,14 @@ def _classes(method: Any) -> int:
 
 
 def _image_text(stream: ImageText, rows: int, method: Any) -> dict[str, Any]:
-    words = {"caption": captions(stream, rows), "scene": [SCENE] * rows}
+    words = _words(stream, captions(stream, rows), method)
     if stream.latents is not None:
-        return {"latent": torch.zeros(rows, *latent_shape(stream.latents, stream.size)), **words}
+        return {"latent": torch.zeros(rows, *latent_shape(stream.latents, stream.size), dtype=torch.float16), **words}
     return {"image": torch.zeros(rows, 3, stream.size, stream.size), **words}
 
 
 def _prompts(stream: Prompts, rows: int, method: Any) -> dict[str, Any]:
-    return {"caption": [UNKNOWN] * rows, "scene": [SCENE] * rows}
+    return _words(stream, [UNKNOWN] * rows, method)
 
 
 def _pairs(stream: Pairs, rows: int, method: Any) -> dict[str, Any]:

@@ -34,9 +34,9 @@ from lightning_t2i.errors import UserError
 from lightning_t2i.networks.text_encoder import TextEncoder
 from lightning_t2i.preflight.allocator import Allocator
 from lightning_t2i.preflight.attribution import attributing, filing_gradients
-from lightning_t2i.preflight.bill import Bill, checkpoint_bytes, networks, snapshot_bytes, tensors_of
+from lightning_t2i.preflight.bill import Bill, Encoding, checkpoint_bytes, networks, snapshot_bytes, tensors_of
 from lightning_t2i.preflight.copies import in_copies
-from lightning_t2i.preflight.records import batch_of
+from lightning_t2i.preflight.records import batch_of, text_encoder
 from lightning_t2i.preflight.remembered import Remembered
 from lightning_t2i.preflight.stand_ins import Noted, stand_ins
 from lightning_t2i.preflight.world import World, fake_mesh
@@ -103,6 +103,7 @@ def rehearse(method: Any, data: Any, world: World, steps: int) -> Bill:
         if method.groups and streams:
             batch = batch_of(streams, world.ranks, method)
             bill.batch = {name: sum(x.nbytes for x in tensors_of(records)) for name, records in batch.items()}
+            bill.encodings = encodings(method, batch, remembered)
             kinds = kinds_of_steps(method, steps)
             costs = in_copies(lambda step: _costs(method, batch, step, noted, remembered), [step for step, _ in kinds])
             for (step, share), found in zip(kinds, costs, strict=True):
@@ -176,6 +177,21 @@ def adopt(method: Any, allocator: Allocator, batch: Batch) -> None:
         allocator.adopt(group.parameters, "weights")
         allocator.adopt(tensors_of(group.optimizer.state), "optimizer")
     allocator.adopt(tensors_of(batch), "batch")
+
+
+@torch.no_grad()
+def encodings(method: Any, batch: Batch, remembered: Remembered) -> dict[str, Encoding]:
+    """What it takes to encode the captions of each stream."""
+    found: dict[str, Encoding] = {}
+    encoder = text_encoder(method)
+    for name, records in batch.items():
+        if encoder is None or records.caption is None:
+            continue
+        with Allocator(remembered) as allocator:
+            embeds, _, pooled = encoder.encode(encoder.tokenize(records.caption))
+        width = 0 if pooled is None else pooled.shape[1]
+        found[name] = Encoding(len(records), allocator.total, embeds.shape[2], width)
+    return found
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from datamodules import worlds
 from datamodules.encode import latent_folder
+from datamodules.index_file import IN_MEMORY
 from datamodules.prompts import SUFFIXES
 from datamodules.records import data_folder
 from datamodules.shards import index_path
@@ -27,6 +28,7 @@ from lightning_t2i.paths import resolve
 TEXT = 64  # bytes of a short string in an array of Python objects
 READ_AHEAD = 2  # batches that each worker of a DataLoader prepares
 LATENT_BYTES, PLAN_BYTES = 2, 2 * 2  # fp16; uint16 for each row of the two epochs that an order keeps
+CLASS_BYTES = 1  # of a row of an index that is mapped, not held
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,11 @@ def source_of(name: str, stream: Any) -> Source:
         file = resolve(place)
         if not file.is_file():
             return Source(name, place, False)
-        with file.open("rb") as lines:
-            rows = _limited(stream, sum(1 for _ in lines))
+        if file.suffix == ".parquet":
+            rows = _limited(stream, pq.read_metadata(file).num_rows)
+        else:
+            with file.open("rb") as lines:
+                rows = _limited(stream, sum(1 for _ in lines))
         return Source(name, place, True, rows, index=2 * TEXT)
     folder = folder_of(place)
     file = index_path(folder, stream.split)
@@ -64,8 +69,13 @@ def source_of(name: str, stream: Any) -> Source:
         return Source(name, place, place in worlds.NAMES)
     schema = pq.read_schema(file)
     facts = json.loads((schema.metadata or {}).get(b"t2i", b"{}"))
-    rows = _limited(stream, pq.read_metadata(file).num_rows)
-    width = sum(field.type.bit_width / 8 if pa.types.is_primitive(field.type) else TEXT for field in schema)
+    whole = pq.read_metadata(file).num_rows
+    rows = _limited(stream, whole)
+    width = (
+        CLASS_BYTES
+        if whole > IN_MEMORY
+        else sum(field.type.bit_width / 8 if pa.types.is_primitive(field.type) else TEXT for field in schema)
+    )
     kept = rows * 3 * stream.size**2 if getattr(stream, "in_memory", False) and stream.latents is None else 0
     return Source(name, place, True, rows, len(facts.get("shards", ())) or None, math.ceil(width), kept)
 
@@ -121,11 +131,11 @@ def caches(streams: dict[str, Any]) -> Iterator[Store]:
     for name, stream in streams.items():
         if (vae := getattr(stream, "latents", None)) is not None:
             folder = folder_of(stream.source)
-            cache = latent_folder(folder, vae, stream.size)
+            cache = latent_folder(folder, vae, stream.size, stream.views)
             if (cache / f"{stream.split}.json").is_file():
                 continue
             source = source_of(name, stream)
-            size = math.prod(latent_shape(vae, stream.size)) * LATENT_BYTES
+            size = math.prod(latent_shape(vae, stream.size)) * LATENT_BYTES * len(stream.views)
             whole = source.rows * size if source.rows is not None else None
             yield Store(f"latents of {name}", cache, whole, f"data.{name}.latents")
 

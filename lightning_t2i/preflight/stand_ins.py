@@ -144,10 +144,16 @@ class Tokenizer:
         self, captions: list[str], padding: str = "max_length", max_length: int = LONGEST, **unused: Any
     ) -> dict[str, Tensor]:
         length = min(max_length, self.model_max_length)
-        if padding == "longest" and all(captions) and self._real is not None:
-            length = min(length, max(len(tokens) for tokens in self._real()(captions)["input_ids"]))
+        if padding == "longest":
+            length = max(self.counts(captions, length))
         tokens = torch.zeros(len(captions), length, dtype=torch.int64)
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+    def counts(self, captions: list[str], most: int) -> list[int]:
+        """Tokens of each caption, cut at `most`, which is also the number where nobody knows."""
+        if not all(captions) or self._real is None:
+            return [most] * len(captions)
+        return [min(len(tokens), most) for tokens in self._real()(captions)["input_ids"]]
 
 
 def _draws(noted: Noted) -> dict[str, Any]:

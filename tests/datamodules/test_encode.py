@@ -10,8 +10,9 @@ import torch
 from diffusers import AutoencoderKL
 
 from datamodules import encode as module
-from datamodules.encode import Latents, encode, latent_folder
+from datamodules.encode import Latents, Views, encode, latent_folder
 from datamodules.image_text import ImageText
+from datamodules.pictures import square, to_images
 from datamodules.records import Shards
 from lightning_t2i.errors import UserError
 from lightning_t2i.networks.codec import LatentCodec
@@ -52,8 +53,9 @@ def test_a_stream_with_latents_yields_what_the_autoencoder_makes_of_its_pictures
     assert latents.caption == pictures.caption
     with torch.no_grad():
         expected = LatentCodec.from_pretrained(vae).eval().encode(pictures.image)
-    assert latents.latent.dtype == torch.float32
-    torch.testing.assert_close(latents.latent, expected.to(torch.float16).float(), atol=1e-3, rtol=2e-3)
+    assert latents.latent.dtype == torch.float16
+    found = LatentCodec().latents(latents)
+    torch.testing.assert_close(found, expected.to(torch.float16).float(), atol=1e-3, rtol=2e-3)
     assert expected.flatten(1).std(0).min() > 1e-3  # pictures differ, so a wrong row would be seen
 
 
@@ -133,6 +135,47 @@ def test_stale_and_missing_latents_are_refused(make_data_set, vae, tmp_path):
         Latents(Shards(again, "train"), vae, 8)
     with pytest.raises(UserError, match="'index' has changed"):
         encode(again, "train", vae, 8)
+
+
+def test_crops_and_mirrored_pictures_on_request(make_data_set, vae):
+    """Every view of a picture is drawn, by position alone, and is what the autoencoder makes of it."""
+    folder = make_data_set(width=20)
+    options = {"size": 8, "latents": vae, "crop": "random", "crops": 3, "flip": True}
+    stream = begun(ImageText(str(folder), **options))
+    records = stream.load(np.arange(1000), 0)
+    views, codec = Views(3, True), LatentCodec.from_pretrained(vae).eval()
+    picked = begun(ImageText(str(folder), size=8, latents=vae, flip=True))
+    assert torch.equal(records.latent[40:50], stream.load(np.arange(40, 50), 4).latent)
+    seen = set()
+    for row in range(2):
+        picture = stream.shards.picture(row)
+        places = views.places(stream.shards.id(row))
+        assert len({round(place[0], 3) for place in places}) == 3
+        cuts = to_images(np.stack([square(picture, 8, tuple(place)) for place in places]))
+        with torch.no_grad():
+            known = codec.encode(torch.stack([cuts, cuts.flip(-1)], 1).flatten(0, 1)).to(torch.float16).float()
+        for latent in records.latent[records.label == row]:
+            gaps = (known - latent.float()).flatten(1).abs().amax(1)
+            assert gaps.min() < 2e-3
+            seen.add((row, int(gaps.argmin())))
+    assert len(seen) > 8, "nearly all of 2 x 6 views, in some twenty draws each"
+    assert picked.load(np.arange(1000), 0).latent.flatten(1).unique(dim=0).shape[0] == 100, "both sides of 50"
+    about = json.loads((latent_folder(folder, vae, 8, views) / "train.json").read_text())
+    assert about["cut"] == "3 random, mirrored"
+
+
+def test_tasks_share_the_shards(make_data_set, vae):
+    """Two tasks of an array, in any order; what they leave is what one process makes."""
+    folder, whole = make_data_set(), make_data_set(name="whole")
+    encode(whole, "train", vae, 8)
+    target = encode(folder, "train", vae, 8, task=1, tasks=2)
+    assert [file.name for file in sorted(target.glob("*.npy"))] == ["train-000001.npy"]
+    encode(folder, "train", vae, 8, task=0, tasks=2)
+    ours, theirs = (json.loads((latent_folder(f, vae, 8) / "train.json").read_text()) for f in (folder, whole))
+    assert ours == {**theirs, "index": ours["index"]} and ours["complete"]
+    for i in range(3):
+        name = f"train-{i:06d}.npy"
+        assert (target / name).read_bytes() == (latent_folder(whole, vae, 8) / name).read_bytes()
 
 
 def test_command_line(make_data_set, vae, monkeypatch, capsys):

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.image_text import ImageText, square
+from datamodules.image_text import ImageText
+from datamodules.pictures import square
 from datamodules.records import sample_id
 from lightning_t2i.errors import UserError
 
@@ -194,8 +195,13 @@ def test_user_errors_name_what_is_wrong(make_data_set, tmp_path):
         begun(ImageText(str(tmp_path / "pictures")))
     with pytest.raises(UserError, match="in_memory keeps one crop"):
         ImageText(str(folder), crop="random", in_memory=True)
-    with pytest.raises(UserError, match="unflipped"):
-        ImageText(str(folder), flip=True, latents="vae")
+    for options in (
+        {"latents": "vae", "crop": "random"},
+        {"latents": "vae", "crops": 2},
+        {"crop": "random", "crops": 2},
+    ):
+        with pytest.raises(UserError, match="so many random crops"):
+            ImageText(str(folder), **options)
     Path(sorted(folder.glob("train-*.tar"))[1]).unlink()
     with pytest.raises(UserError, match="train-000001"):
         begun(ImageText(str(folder)))

@@ -8,17 +8,20 @@ import tarfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_sets import gradient, png
 from range_server import serving
 
+from datamodules import unique_keys
 from datamodules.image_text import ImageText
 from datamodules.index import main
 from datamodules.index_file import Index
 from datamodules.index_rows import part_path
 from datamodules.records import Shards
+from datamodules.unique_keys import shared_key
 
 
 def tar(path: Path, members: dict[str, bytes]) -> Path:
@@ -134,6 +137,17 @@ def test_keys_are_used_once_over_all_shards(tmp_path, capsys):
     assert "--prefix-keys" in capsys.readouterr().err
     assert run(source, "--out", tmp_path / "out", "--prefix-keys") == 0
     assert Index.load(tmp_path / "out", "train")["key"].tolist()[::4] == ["000000/000000000", "000001/000000000"]
+
+
+def test_keys_that_share_a_hash_are_not_the_same(tmp_path, monkeypatch):
+    parts = {}
+    for name, keys in {"a": ["1", "2"], "b": ["3"], "c": ["4", "2"]}.items():
+        parts[name] = tmp_path / name
+        pq.write_table(pa.table({"key": keys}), parts[name])
+    assert shared_key(parts) == ("2", "a", "c")
+    monkeypatch.setattr(unique_keys, "_hashes", lambda keys: np.zeros(len(keys), np.uint64))
+    assert shared_key(parts) == ("2", "a", "c")
+    assert shared_key({name: parts[name] for name in "ab"}) is None
 
 
 def test_other_arguments_and_no_tars_are_refused(tmp_path, capsys):

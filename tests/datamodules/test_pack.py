@@ -161,7 +161,8 @@ def test_missing_captions_are_counted_and_named(pictures, tmp_path):
     out = pack(folder, tmp_path / "out", skip_bad=True, val=0, test=0)
     assert len(contents(out)) == 2
     assert json.loads((out / "dataset.json").read_text())["skipped"] == 12
-    assert (out / "skipped.txt").read_text().splitlines()[0] == "a/000.png: no caption"
+    skipped = json.loads((out / "report.json").read_text())["skipped"]
+    assert skipped == {"no caption": {"count": 12, "names": sorted(names(12))}}
 
 
 def test_unreadable_pictures_are_counted_and_named(pictures, tmp_path):
@@ -184,7 +185,8 @@ def test_captions_of_pictures_that_are_not_there(pictures, tmp_path):
     write_jsonl(folder / "m.jsonl", [{"file": name, "caption": "x"} for name in [*names(2), "c/gone.png"]])
     assert "1: c/gone.png" in fails("not there", folder, tmp_path / "out")
     out = pack(folder, tmp_path / "out", skip_bad=True)
-    assert (out / "skipped.txt").read_text() == "c/gone.png: no picture\n"
+    report = json.loads((out / "report.json").read_text())
+    assert report["skipped"] == {"no picture": {"count": 1, "names": ["c/gone.png"]}}
 
 
 def test_duplicate_keys_name_both_pictures(tmp_path):

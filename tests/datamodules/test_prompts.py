@@ -3,6 +3,8 @@
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from datamodules.image_text import ImageText
@@ -62,6 +64,32 @@ def test_jsonl_file(tmp_path):
     assert records.label.tolist() == [4, 5, 6, 7]
     assert [scene["n"] for scene in records.scene] == [1, 2, 3, 4]
     assert begun(Prompts(str(file), languages=["zh"])).load([3], 0).caption == ["四"]
+
+
+def test_parquet_file(tmp_path):
+    file = tmp_path / "prompts.parquet"
+    rows = [
+        {"prompt": "one", "label": 4, "scene": {"n": 1}, "other": 1.0},
+        {"prompt": "two", "label": 5, "scene": {"n": 2}, "other": 2.0},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    stream = begun(Prompts(str(file)))
+    records = stream.load(np.arange(3), 0)
+    assert records.caption == ["one", "two", "one"] and records.label.tolist() == [4, 5, 4]
+    assert records.scene[1] == {"n": 2} and len(set(records.id.tolist())) == 2
+    assert begun(Prompts(str(file), limit=1)).identity["sha"] != stream.identity["sha"]
+    captions = [{"caption": {"en": ["four"], "zh": ["四"]}}, {"caption": {"en": ["five"], "zh": None}}]
+    pq.write_table(pa.Table.from_pylist(captions), file)
+    assert begun(Prompts(str(file), languages=["zh", "en"])).load(np.arange(2), 0).caption[1] == "five"
+    with pytest.raises(UserError, match=r"Empty prompt[\s\S]*prompts.parquet:2\n"):
+        begun(Prompts(str(file), languages=["zh"]))
+    pq.write_table(pa.table({"caption": [["six", "six"], ["seven"]]}), file)
+    assert begun(Prompts(str(file))).load(np.arange(2), 0).caption == ["six", "seven"]
+    file.write_bytes(b"no table")
+    with pytest.raises(UserError, match="Not a Parquet file"):
+        begun(Prompts(str(file)))
+    with pytest.raises(UserError, match="no columns to filter on"):
+        Prompts(str(file), where={"width": [1, None]})
 
 
 def test_limit(tmp_path):

@@ -4,8 +4,11 @@ import errno
 import json
 import multiprocessing
 import os
+import shutil
+import sys
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,13 +16,16 @@ from data_sets import as_rank, write_data_set
 from filelock import FileLock
 from range_server import serving
 
-from datamodules import remote
+from datamodules import encode, remote
 from datamodules.disk_cache import DiskCache
 from datamodules.image_text import ImageText
 from datamodules.index import main
+from datamodules.prompts import Prompts
 from datamodules.remote import RemoteOptions, fetch
+from datamodules.retrieval import RetrievalDataModule
 from datamodules.streams import Streams
 from lightning_t2i.errors import UserError
+from lightning_t2i.networks.codec import LatentCodec
 
 QUICK = {"wait_s": 0.01, "timeout_s": 0.3}
 
@@ -150,6 +156,84 @@ def test_each_option_changes_what_is_read(bucket, caplog):
     assert asked(cache=str(folder / "c")) == 5 and asked(cache=str(folder / "c")) == 0
     assert asked(cache=str(folder / "d"), cache_gb=2e-5) > 50
     assert sum(p.stat().st_size for p in (folder / "d").glob("??/*")) <= 2e4
+
+
+def begun(stream):
+    stream.setup()
+    stream.begin(0, "main")
+    return stream
+
+
+def test_prompts_read_captions_alone_and_keep_them(bucket):
+    server, folder, local = bucket
+    server.fault = lambda path, start, before: "503" if before == 0 else None
+    options = {"where": {"label": [10, 39]}, "lanes": 1, "block": 10}
+    cache = RemoteOptions(cache=str(folder / "cache"), read_mb=1e-6, **QUICK)  # a member at a time
+    stream = begun(Prompts(str(folder), remote=cache, **options))
+    records = stream.load(range(60), 0)
+    assert set(records.label.tolist()) == set(range(10, 40)) and stream.bad == {}
+    index = stream.prompts.index
+    ends = dict(zip(index["json_offset"].tolist(), (index["json_offset"] + index["json_size"]).tolist(), strict=True))
+    assert {(start, end) for _, start, end in server.asked} <= set(ends.items())  # no byte of a picture
+    assert all(c.split()[0] == str(n) for c, n in zip(records.caption, records.label.tolist(), strict=True))
+    server.asked.clear()
+    again = begun(Prompts(str(folder), remote=cache, **options)).load(range(60), 0)
+    assert again.caption == records.caption and server.asked == []
+    (local / "train-000001.tar").unlink()
+    with pytest.raises(UserError, match="no such remote file"):
+        begun(Prompts(str(folder), remote=RemoteOptions(**QUICK))).load(range(50), 0)
+
+
+def test_too_many_bad_prompts_are_an_error(bucket):
+    _, folder, local = bucket
+    path = local / "train-000002.tar"
+    path.write_bytes(path.read_bytes()[: 9 * 2048 + 100])
+    stream = begun(Prompts(str(folder), remote=RemoteOptions(**QUICK)))
+    stream.load(range(50), 0)
+    with pytest.raises(UserError, match="1 bad of 50"):
+        stream.report(stream.take_fresh())
+
+
+def test_a_retrieval_set_is_read_remotely(bucket):
+    server, folder, _ = bucket
+    cache = {"cache": str(folder / "cache"), **QUICK}
+    options = {"size": 8, "remote": cache, "max_bad_fraction": 0.02}  # as a config says it
+    server.fault = lambda path, start, before: "reset" if before == 0 else None
+    data = RetrievalDataModule(str(folder), 6, splits=["train"] * 3, options=options)
+    batch = next(iter(as_rank(data).train_dataloader()))["main"]
+    assert batch.captions == [[f"{label} a", f"{label} b"] for label in batch.label.tolist()]
+    assert data.training["main"].max_bad_fraction == 0.02 and list((folder / "cache").glob("??/*"))
+
+
+def test_latents_of_remote_pictures(bucket, monkeypatch, capsys):
+    server, folder, local = bucket
+    seen = []
+
+    class Codec(torch.nn.Module):
+        vae = SimpleNamespace(config={})
+
+        def encode(self, images):
+            seen.append(images)
+            return images[:, :1, :2, :2]
+
+    monkeypatch.setattr(LatentCodec, "from_pretrained", lambda *_: Codec())
+    server.fault = lambda path, start, before: "503" if before == 0 else None
+    arguments = ["encode", "--vae", "assets/tiny/vae", "--source", str(folder), "--size", "8"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--wait_s", "0.01", "--cache", str(folder / "cache")])
+    assert encode.main() == 0
+    assert len(server.asked) == 2 * 3 and list((folder / "cache").glob("??/*"))  # a shard at a time, each asked twice
+    red = torch.cat([images[:, 0, 0, 0] for images in seen])
+    assert torch.equal((red * 127.5 + 127.5).round(), torch.arange(50.0))
+    (target,) = folder.glob("latents-*")
+    shutil.rmtree(target)
+    shutil.rmtree(folder / "cache")
+    path = local / "train-000002.tar"
+    path.write_bytes(path.read_bytes()[: 8 * 2048 + 100])  # the last two of ten samples are cut
+    assert encode.main() == 2
+    assert "2 bad of 50" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--max_bad_fraction", "0.05"])
+    assert encode.main() == 0
+    assert capsys.readouterr().out.strip() == str(target)
 
 
 @pytest.mark.parametrize("option", ["cache_gb", "memory_mb", "read_mb", "wait_s", "timeout_s", "retries"])

@@ -3,15 +3,14 @@
 import random
 from itertools import chain
 
-import lightning as L
 import pytest
 import torch
 from data_sets import as_rank
+from recorder import Recorder, trainer
 
 from datamodules.image_text import ImageText
 from datamodules.prompts import Prompts
 from datamodules.streams import StreamLoader, Streams
-from lightning_t2i.counters import Counters
 from lightning_t2i.errors import UserError
 
 
@@ -155,63 +154,6 @@ def test_workers_report_bad_samples_and_the_limit_holds(make_data_set):
     assert sorted(data.training["main"].bad) == ["train-000000.tar:k0003", "train-000001.tar:k0033"]
     with pytest.raises(UserError, match="max_bad_fraction"):
         first_ids(as_rank(Streams(pictures(folder, max_bad_fraction=0.02), workers=2)), 10)
-
-
-class Recorder(L.LightningModule):
-    """Writes down what it is given and stops, or saves, after so many batches."""
-
-    def __init__(self, stop: int, save: tuple[int, str] | None = None):
-        super().__init__()
-        self.automatic_optimization = False
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.counters, self.stop, self.save = Counters(), stop, save
-        self.seen: list[int] = []
-        self.passes: dict[str, list[int]] = {"val": [], "test": [], "predict": []}
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def training_step(self, batch, _):
-        assert self.counters.batches + 1 == batch["main"].cursor
-        self.seen += batch["main"].id.tolist()
-
-    def on_train_batch_end(self, *_):
-        self.counters.batches += 1
-        if self.save and self.counters.batches == self.save[0]:
-            self.trainer.save_checkpoint(self.save[1])
-        self.trainer.should_stop = self.counters.batches >= self.stop
-
-    def on_save_checkpoint(self, checkpoint):
-        checkpoint["counters"] = self.counters.state()
-
-    def on_load_checkpoint(self, checkpoint):
-        self.counters.load(checkpoint["counters"])
-
-    def validation_step(self, batch, _):
-        self.passes["val"] += batch["main"].label.tolist()
-
-    def test_step(self, batch, _):
-        self.passes["test"] += batch["main"].label.tolist()
-
-    def predict_step(self, batch, _):
-        assert batch["main"].image is None
-        self.passes["predict"] += batch["main"].label.tolist()
-        return batch["main"].label
-
-
-def trainer(folder, **options) -> L.Trainer:
-    return L.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        **options,
-    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -41,14 +41,19 @@ def write_data_set(
     splits: Sequence[str] = ("train",),
     samples_per_shard: int = 20,
     first: int = 0,
+    size: Callable[[int], tuple[int, int]] | None = None,
 ) -> Path:
-    """Writes a data set named as its folder; label and scene hold the row, pictures tell `first` + row."""
+    """Writes a data set named as its folder; label and scene hold the row, pictures tell `first` + row.
+
+    `size` gives the width and height of each picture.
+    """
     folder.mkdir(exist_ok=True)
     for split in splits:
         with ShardWriter(folder, split, samples_per_shard) as writer:
             for i in range(n):
                 caption = captions(i) if captions else {"en": [f"{i} a", f"{i} b"], "zh": [f"{i} 中"]}
-                picture = b"no picture" if i in bad else png(gradient(first + i, width=width))
+                across, down = size(i) if size else (width, 8)
+                picture = b"no picture" if i in bad else png(gradient(first + i, down, across))
                 writer.write(f"k{i:04d}", picture, "png", {"caption": caption, "label": i, "scene": {"row": i}})
     about = {"name": folder.name, "splits": dict.fromkeys(splits, n)}
     (folder / "dataset.json").write_text(json.dumps(about))

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 
-from lightning_t2i.pictures import can_draw, draw_grid, save_png, to_pil
+from lightning_t2i.pictures import can_draw, contact_sheet, draw_grid, save_png, to_pil, wrapped
 
 
 def test_values_become_bytes() -> None:
@@ -56,6 +56,26 @@ def test_text_that_the_font_lacks_becomes_a_number() -> None:
     row = [[plain("white")]]
     numbered = draw_grid(row, ["prompt 1"], [""])
     assert np.array_equal(np.asarray(draw_grid(row, ["红色圆形"], [""])), np.asarray(numbered))
+
+
+def test_lines_fit_their_width() -> None:
+    font = ImageFont.load_default(11)
+    text = "a red circle left of an orange square on a white background"
+    lines = wrapped(text, font, 150)
+    assert " ".join(lines) == text and len(lines) > 1
+    assert all(font.getlength(line) <= 150 for line in lines)
+
+
+def test_contact_sheet_shows_pictures_whole_in_rows_with_their_texts() -> None:
+    images = [Image.new("RGB", size, "red") for size in ((10, 5), (200, 100), (64, 64))]
+    page = np.asarray(contact_sheet(images, ["one", "two", "three"], columns=2, side=64, room=2))
+    assert page.shape == (2 * (64 + 2 * 13 + 4), 2 * (64 + 72), 3)
+    red = (page == (255, 0, 0)).all(axis=2)
+    height, cell = page.shape[0] // 2, page.shape[1] // 2
+    sums = [red[r * height : (r + 1) * height, c * cell : (c + 1) * cell].sum() for r in range(2) for c in range(2)]
+    assert sums == [60 * 30, 64 * 32, 64 * 64, 0]
+    dark = (page < 100).all(axis=2)
+    assert [bool(dark[r * height + 72 : (r + 1) * height].any()) for r in range(2)] == [True, True]
 
 
 def test_file_keeps_texts_of_any_script(tmp_path: Path) -> None:

@@ -80,3 +80,5 @@ def test_caches_that_are_still_to_be_made(scenes):
     assert latent_shape("assets/tiny/vae", 32) == (4, 8, 8)
     (cache,) = caches({"main": stream(scenes, latents="assets/tiny/vae"), "real": stream(scenes)})
     assert cache.bytes == ROWS * 4 * 8 * 8 * 2 and cache.key == "data.main.latents"
+    (views,) = caches({"main": stream(scenes, latents="assets/tiny/vae", crop="random", crops=3, flip=True)})
+    assert views.bytes == 6 * cache.bytes and views.place != cache.place

@@ -10,14 +10,14 @@ import numpy as np
 
 OUT = 255  # class of a row that is not read
 CHUNK = 4096  # rows between two counts
-PIECE = 1 << 20  # rows of a piece
+PIECE = 1 << 20  # rows of a piece; of an index that has no more all rows are listed
 
 
 class Rows:
     """Rows of an index: those of class 0 in the order of the index, then those of class 1, and so on.
 
     `rows[number]` is a row (int64), `rows[numbers]` and `rows[slice]` are arrays. A byte for each row of the index is
-    an eighth of a list of rows; without classes nothing is held.
+    an eighth of a list of rows, which only a small index affords; without classes nothing is held.
 
     Args:
         n: rows of the index.
@@ -27,39 +27,44 @@ class Rows:
 
     def __init__(self, n: int, classes: np.ndarray | None = None, count: int = 1):
         self.classes = classes
+        self._listed: np.ndarray | None = None
         if classes is None:
             self.firsts = np.array([0, n])
             return
         held = np.concatenate([_counts(classes[s : s + PIECE], count) for s in range(0, n, PIECE)], 1)
         self._before = np.concatenate([np.zeros((count, 1), np.int64), held.cumsum(1)], 1)  # class, chunk
         self.firsts = np.concatenate([[0], self._before[:, -1].cumsum()])  # number of the first row of each class
+        if n <= PIECE:
+            self._listed = np.concatenate([np.empty(0, np.int64), *self.pieces()])
 
     def __len__(self) -> int:
         return int(self.firsts[-1])
 
     def class_of(self, number: Any) -> Any:
         """The class of one or several numbers."""
-        return np.searchsorted(self.firsts, number, side="right") - 1
+        return self.firsts.searchsorted(number, side="right") - 1
 
     def __getitem__(self, number: Any) -> Any:
-        numbers = np.arange(*number.indices(len(self))) if isinstance(number, slice) else np.asarray(number)
+        if self._listed is not None:
+            return self._listed[number]
+        if isinstance(number, slice):
+            number = np.arange(*number.indices(len(self)))
+        numbers = np.asarray(number)
         if np.any((numbers < 0) | (numbers >= len(self))):
             raise IndexError(f"a row of {len(self)}")
         if self.classes is None:
             return numbers if numbers.ndim else np.int64(numbers)
-        found = np.empty(numbers.size, np.int64)
-        flat = numbers.reshape(-1)
-        kinds = self.class_of(flat)
-        for c in np.unique(kinds).tolist():
-            places = np.flatnonzero(kinds == c)
-            local = flat[places] - self.firsts[c]
-            chunks = np.searchsorted(self._before[c], local, side="right") - 1
-            order = np.argsort(chunks, kind="stable")
-            for some in np.split(order, np.flatnonzero(np.diff(chunks[order])) + 1):
-                chunk = int(chunks[some[0]])
-                held = np.flatnonzero(self.classes[chunk * CHUNK : (chunk + 1) * CHUNK] == c)
-                found[places[some]] = chunk * CHUNK + held[local[some] - self._before[c, chunk]]
+        found = np.array([self._row(self.classes, one) for one in numbers.reshape(-1).tolist()], np.int64)
         return found.reshape(numbers.shape) if numbers.ndim else found[0]
+
+    def _row(self, classes: np.ndarray, number: int) -> int:
+        """The row with a number, found by the count of its class before each chunk."""
+        c = int(self.class_of(number))
+        local = number - int(self.firsts[c])
+        before = self._before[c]
+        chunk = int(before.searchsorted(local, side="right")) - 1
+        held = (classes[chunk * CHUNK : (chunk + 1) * CHUNK] == c).nonzero()[0]
+        return chunk * CHUNK + int(held[local - before[chunk]])
 
     def digest(self) -> str:
         """A hash of what is read in which order, 16 hex digits: of the list of rows, or of several classes."""

@@ -1,0 +1,136 @@
+"""The pictures of docs/gallery.md, drawn again from what is in the repository.
+
+    python -m lightning_t2i.gallery [NAME ...]                  draws docs/images/NAME.png; default: all of them
+    python -m lightning_t2i.gallery --keep NAME --run FOLDER    keeps the curves of a run that docs/results/curves has
+
+Pictures come from assets/tiny and the first test prompts of the shapes world, with noise of seed 0; curves from the
+series in docs/results/curves, which are those of a run's metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from lightning_t2i.claims.training import prompts
+from lightning_t2i.keys import Keys
+from lightning_t2i.loggers import read_lines
+from lightning_t2i.paths import ROOT, resolve
+from lightning_t2i.pictures import draw_grid, to_pil
+from lightning_t2i.report import series
+from lightning_t2i.state_io import write_atomically
+
+IMAGES, SERIES = ROOT / "docs" / "images", ROOT / "docs" / "results" / "curves"
+ROWS, COLUMNS, SIDE = 12, 6, 64  # pictures of a grid, and pixels of one at least
+Panel = tuple[str, dict[str, str]]  # title, and series by their labels
+CURVES: dict[str, list[Panel]] = {
+    "fluid": [
+        ("validation loss (velocity)", {"all tokens": "val/velocity_mse"}),
+        ("by the share of masked tokens", {
+            "less than .1": "bins/velocity_mse/r0", ".3 to .4": "bins/velocity_mse/r3",
+            ".6 to .7": "bins/velocity_mse/r6", ".9 and more": "bins/velocity_mse/r9"}),
+        ("shapes score, 100 validation prompts", {"score": "eval/shapes_score/overall@n=100"}),
+        ("Fréchet distance of these", {"distance": "eval/fd@n=100,ref=shapes-val:1000"}),
+    ],
+}  # fmt: skip
+
+
+@torch.no_grad()
+def fluid(rows: int = ROWS) -> Image.Image:
+    """Prompts in rows; each column has its own noise."""
+    from lightning_t2i.token_pipeline import TokenPipeline
+
+    pipeline, (records,) = TokenPipeline.from_pretrained(str(resolve("assets/tiny/fluid"))), prompts("test", rows)
+    cond, keys = pipeline.condition(records), Keys(0).fork("gallery")
+    columns = [to_pil(pipeline.sample(cond, keys, records.position + 1000 * k)) for k in range(COLUMNS)]
+    return draw_grid(list(zip(*columns, strict=True)), records.caption or (), [""] * COLUMNS, SIDE)
+
+
+@torch.no_grad()
+def student(name: str, rows: int = ROWS) -> Image.Image:
+    """A teacher in 25 steps and in one, and its student in one, at equal noise."""
+    from lightning_modules.teacher import Teacher
+
+    (records,) = prompts("test", rows)
+    columns = []
+    for network, steps, guidance in (("sd", 25, 4.5), ("sd", 1, 4.5), (name, 1, 1.0)):
+        teacher = Teacher(f"assets/tiny/{network}", guidance=guidance, steps=steps)
+        teacher.configure_model()
+        images = teacher.eval().sample(teacher.condition(records), Keys(0).fork("gallery"), records.position)
+        columns.append(to_pil(images))
+    titles = ["teacher, 25", "teacher, 1", f"{name}, 1"]
+    return draw_grid(list(zip(*columns, strict=True)), records.caption or (), titles, SIDE + 32)
+
+
+def curves(name: str) -> Image.Image:
+    """The series of a training, a panel for each."""
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+    found, panels = json.loads((SERIES / f"{name}.json").read_text(encoding="utf-8")), CURVES[name]
+    figure = Figure(figsize=(3.4 * len(panels), 3.0), layout="constrained")
+    for number, (title, lines) in enumerate(panels, 1):
+        axis = figure.add_subplot(1, len(panels), number)
+        for label, key in lines.items():
+            axis.plot(*found[key], marker=".", linewidth=1, label=label)
+        axis.set_title(title, fontsize=9)
+        axis.set_ylim(bottom=0)
+        axis.tick_params(labelsize=7)
+        if len(lines) > 1:
+            axis.legend(fontsize=7)
+    figure.supxlabel("training step", fontsize=9)
+    stream = io.BytesIO()
+    figure.savefig(stream, dpi=90)
+    return Image.open(stream)
+
+
+def keep(name: str, run: Path) -> None:
+    """Keeps the series of a run that its curves show, thinned to two hundred points each."""
+    found = series(read_lines(run / "metrics.jsonl"))
+    kept: dict[str, Any] = {}
+    for _, lines in CURVES[name]:
+        for key in lines.values():
+            steps, values = found[key]
+            every = -(-len(steps) // 200)
+            kept[key] = [steps[::every], [float(f"{value:.5g}") for value in values[::every]]]
+    SERIES.mkdir(parents=True, exist_ok=True)
+    write_atomically(SERIES / f"{name}.json", (json.dumps(kept) + "\n").encode())
+
+
+PICTURES: dict[str, Callable[[], Image.Image]] = {
+    "fluid": fluid,
+    "dmd": partial(student, "dmd"),
+    **{f"{name}_curves": partial(curves, name) for name in CURVES},
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m lightning_t2i.gallery", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(PICTURES)} (default: all)")
+    parser.add_argument("--keep", choices=list(CURVES), metavar="NAME", help="keep the curves of --run instead")
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help="run folder of --keep")
+    given = parser.parse_args(arguments)
+    if unknown := set(given.names) - set(PICTURES):
+        parser.error(f"no such picture: {', '.join(sorted(unknown))}; there are {', '.join(PICTURES)}")
+    if given.keep:
+        if given.run is None:
+            parser.error("--keep needs --run FOLDER")
+        keep(given.keep, given.run)
+        return 0
+    torch.set_num_threads(1)
+    for name in given.names or PICTURES:
+        PICTURES[name]().save(IMAGES / f"{name}.png")
+        print(IMAGES / f"{name}.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -22,7 +22,7 @@ from lightning_modules.experts import FOLDER
 from lightning_t2i.claims import dmd, ecad_cells
 from lightning_t2i.claims.deme_cells import chosen, experts_of
 from lightning_t2i.claims.instaflow_cells import FLOW, PAIRS, place
-from lightning_t2i.claims.repblend_cells import best_checkpoint
+from lightning_t2i.claims.repblend_cells import best_checkpoint, stream_of
 from lightning_t2i.claims.spec import Cell, Measured
 from lightning_t2i.claims.training import RUN, fit, measure, pictures, prompts
 from lightning_t2i.claims.wukong_knowledge import records_of, retrieval
@@ -31,7 +31,7 @@ from lightning_t2i.coresets import drawn_pairs
 from lightning_t2i.keys import Keys
 from lightning_t2i.synthetic_set import nearest_captions
 
-SET = "set"  # folder of a data set
+SET = "set"  # folder of a distilled set
 TRAIN = 4000  # scenes that the set was distilled from
 
 
@@ -89,33 +89,47 @@ def write_pairs(folder: Path, images: Tensor, metas: Sequence[dict[str, Any]]) -
 
 @torch.no_grad()
 def write_set(cell: Cell) -> Measured:
-    """A distilled set as a data set: options of (its arm). Each picture has the scene of the real picture one of whose
-    captions is nearest to its text vector; `real` is a data set of as many real pairs."""
+    """A distilled set and as many real pairs, in two forms each: options of (its arm).
+
+    SET and `real` are sets of text vectors. `near` and `real_near` are data sets with captions: each pair has the scene
+    of the real picture one of whose captions is nearest to its vector.
+    """
     run = cell.after[cell.options["of"]] / RUN
     method: Any = constructed(run / "config.yaml")
     restore(method, run, best_checkpoint(run))
     found, shards = method.synthetic_set(), Shards(data_folder("shapes"), "train", ("en", "zh"), TRAIN)
+    found.save(cell.folder / SET)
     metas = [shards.meta(row) for row in range(len(shards))]
     of = {text: meta for meta in reversed(metas) for text in meta["caption"]["en"]}
     captions = list(of)
     known = torch.cat([method.text(captions[i : i + 500]) for i in range(0, len(captions), 500)])
     near = [texts[0] for texts in nearest_captions(found.texts, known, captions, 1)]
-    write_pairs(cell.folder / SET, found.images, [of[text] for text in near])
+    write_pairs(cell.folder / "near", found.images, [of[text] for text in near])
     rows = drawn_pairs(len(found), len(metas), Keys(cell.seed).fork("combination")).tolist()
-    real = torch.cat([records.image for records in records_of("shapes", "train", TRAIN)])[rows]
-    write_pairs(cell.folder / "real", real, [metas[row] for row in rows])
+    images = torch.cat([records.image for records in records_of("shapes", "train", TRAIN)])[rows]
+    texts = method.text([metas[row]["caption"]["en"][0] for row in rows])
+    replace(found, images=images, texts=texts, factors=(), captions=[]).save(cell.folder / "real")
+    write_pairs(cell.folder / "real_near", images, [metas[row] for row in rows])
     return Measured({"pairs": float(len(found)), "captions": float(len(set(near)))})
 
 
 def read_set(cell: Cell) -> Measured:
-    """`fit` of Wukong on a data set of `write_set`: options config, overrides, of, kind (set or real)."""
-    return fit(with_overrides(cell, data__main__source=str(cell.after[cell.options["of"]] / cell.options["kind"])))
+    """`fit` of Wukong on what `write_set` wrote: options config, overrides, of, kind."""
+    folder = str(cell.after[cell.options["of"]] / cell.options["kind"])
+    more = {} if cell.options["kind"].endswith("near") else {"model__targets": folder}
+    return fit(with_overrides(cell, data__main__source=folder, **more))
 
 
+@torch.no_grad()
 def know(cell: Cell) -> Measured:
-    """Retrieval of a trained Wukong: options of, n."""
+    """Retrieval of a trained Wukong in a language: options of, n, language."""
     method: Any = trained(cell.after[cell.options["of"]] / RUN)
-    found = retrieval(method, records_of("shapes", "retrieval", cell.options["n"]))
+    if cell.options["language"] == "zh":
+        batches = records_of("shapes", "retrieval", cell.options["n"])
+    else:
+        stream = stream_of("shapes", "retrieval", cell.options["n"])
+        batches = [stream.load(range(i, min(i + 100, len(stream))), i // 100) for i in range(0, len(stream), 100)]
+    found = retrieval(method, batches)
     return Measured({**found, "above_chance": found["mr"] - found["chance"]})
 
 

@@ -35,6 +35,7 @@ def test_with_and_without_the_first_method_all_else_is_equal() -> None:
         ("search-merged", "search-pixart", {"network"}),
         ("search-reflowed", "search-flux", {"network"}),
         ("wukong-set", "wukong-real", {"kind"}),
+        ("wukong-near", "wukong-real_near", {"kind"}),
     ):
         a, b = (dict(matrix.arm(name).options) for name in (ours, other))
         assert {key for key in a if a[key] != b[key]} == differs and a.keys() == b.keys()

@@ -5,7 +5,8 @@
 
 An expert is a folder with the networks of BASE (pipelines or single models, of whatever method), or a *delta*: a file
 with theta_i - theta_0 of the denoising network (`save_delta`). The sum is float32; what is written has the precision of
-BASE. Memory is that of three tensors, whatever the number of experts: files are read in parts and nothing is mapped.
+BASE. Memory is that of a few tensors, whatever the number of experts: files are read in parts, nothing is mapped, and
+while one tensor is summed the next ones are read.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import json
 import math
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ PROVENANCE = "merge.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+AHEAD = 3  # tensors that are read before they are needed
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,18 @@ class Entry:
                     raise UserError("The file ends in the middle of a tensor", where=str(self.file))
                 done += count
         return buffer.view(self.dtype).view(self.shape)
+
+
+def read_ahead(entries: Iterable[Entry]) -> Iterator[Tensor]:
+    """The tensors in order; a thread reads the next ones meanwhile."""
+    with ThreadPoolExecutor(1) as reader:
+        reads: deque[Future[Tensor]] = deque()
+        for entry in entries:
+            reads.append(reader.submit(entry.read))
+            if len(reads) > AHEAD:
+                yield reads.popleft().result()
+        while reads:
+            yield reads.popleft().result()
 
 
 def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -175,11 +191,8 @@ class Expert:
             given = f"{len(wrong)} tensors differ, first: {wrong[0]}" if wrong else "no safetensors files"
             raise UserError("This expert has not the architecture of the base", where=str(source), given=given, fix=fix)
 
-    def tau(self, name: str, base: Tensor) -> Tensor | None:
-        """None where the expert changes nothing."""
-        if name not in self.entries:
-            return None
-        tensor = self.entries[name].read()
+    def tau(self, tensor: Tensor, base: Tensor) -> Tensor:
+        """theta_i - theta_0 of a tensor of the source."""
         return tensor if self.is_delta else tensor.float().sub_(base)
 
     @property
@@ -208,14 +221,18 @@ def merge_folders(out: Path, base: Path, experts: Sequence[Path], weights: Seque
     refuse_mixed([e.about for e in found if e.is_delta])
 
     def tensors(place: str, entries: Mapping[str, Entry]) -> Iterator[Tensor]:
-        for name, entry in entries.items():
-            theta, key = entry.read(), f"{place}/{name}"
-            if not theta.is_floating_point():
-                yield theta
-                continue
-            parts = ((w, tau) for w, e in zip(weights, found, strict=True) if w
-                     and (tau := e.tau(key, theta)) is not None)  # fmt: skip
-            yield merged(theta, parts)
+        parts = {
+            name: [(w, e) for w, e in zip(weights, found, strict=True) if w and f"{place}/{name}" in e.entries]
+            if entry.dtype.is_floating_point else []
+            for name, entry in entries.items()
+        }  # fmt: skip
+        reads = read_ahead(
+            one for name, entry in entries.items()
+            for one in (entry, *(e.entries[f"{place}/{name}"] for _, e in parts[name]))
+        )  # fmt: skip
+        for name in entries:
+            theta = next(reads)
+            yield merged(theta, ((w, e.tau(next(reads), theta)) for w, e in parts[name]))
 
     for file in sorted(p for p in base.rglob("*") if p.is_file()):
         target = out / file.relative_to(base)

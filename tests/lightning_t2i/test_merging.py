@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from lightning_t2i.cli.main import main
 from lightning_t2i.cli.merge import parse_weights
 from lightning_t2i.errors import UserError
-from lightning_t2i.merging import Entry, index, merge_folders, read_header, save_delta, write_streamed
+from lightning_t2i.merging import AHEAD, Entry, index, merge_folders, read_header, save_delta, write_streamed
 
 
 def folder(path, seed: int, dtype=torch.float32, **more):
@@ -92,7 +92,7 @@ def test_a_delta_is_added_to_the_denoising_network_alone(folders, tmp_path):
 
 
 def test_memory_does_not_grow_with_files_or_experts(tmp_path):
-    """Three tensors at most, of sixteen in each of five folders."""
+    """The sum, what is added, and those that are read ahead, of sixteen in each of five folders."""
     size = 250_000
     for k in range(5):
         (tmp_path / str(k)).mkdir()
@@ -108,7 +108,7 @@ def test_memory_does_not_grow_with_files_or_experts(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Entry, "read", counted)
         out = merge_folders(tmp_path / "out", tmp_path / "0", [tmp_path / str(k) for k in range(1, 5)], [0.25] * 4)
-    assert max(most) <= 4
+    assert AHEAD < max(most) <= AHEAD + 3
     assert torch.equal(state(out)["./t3"], torch.full((size,), 2.5))
 
 

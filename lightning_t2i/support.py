@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from lightning_t2i.claims.spec import FURTHER
 from lightning_t2i.claims.spec import methods as with_claims
 from lightning_t2i.errors import UserError
 from lightning_t2i.golden import FOLDER, Golden, record
@@ -43,7 +44,7 @@ Outcome = dict[str, str]  # outcome: "yes" or "refused"; what: the frozen networ
 
 def methods() -> list[str]:
     """The eight methods: those with claims of a paper."""
-    return [method for method in with_claims() if method not in ("combinations", "diffusion")]
+    return [method for method in with_claims() if method not in ("combinations", "diffusion", *FURTHER)]
 
 
 def frozen_network(method: str) -> str:

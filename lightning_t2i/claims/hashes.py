@@ -57,7 +57,7 @@ def hashes(matrix: Matrix) -> Hashes:
     """All that the results of a matrix depend on."""
     configs = sorted({str(arm.options["config"]) for arm in matrix.arms if "config" in arm.options})
     return {
-        "golden": golden_hash(matrix.method),
+        "golden": golden_hash(matrix.golden or matrix.method),
         "configs": {config: config_hash(config) for config in configs},
         "data": {source: data_hash(source) for source in matrix.data},
     }

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # a cell that needs no torch starts without it
     from lightning_t2i.claims.statistics import Direction
 
 OUTCOME = "outcome.json"
+FURTHER = ("fluid_orders",)  # matrices of a method beside its first one
 MINUTES = {"full": 90.0, "quick": 10.0}  # most that a matrix may cost on two cores
 
 
@@ -151,12 +152,13 @@ class Matrix:
     """All arms with all seeds, and the claims about them.
 
     Args:
-        method: name of the method; its golden losses are tests/golden/METHOD.json.
+        method: name of the method, and of the result.
         arms: in order, an arm after those that it builds on.
         claims: what is claimed of them.
         data: embedded worlds or data-set folders that the arms use.
         quick: a rehearsal of the whole at a fraction of the cost.
         seeds: every arm is run with each, so that effects are paired.
+        golden: method whose golden losses the results depend on; None is `method`.
 
     Raises:
         UserError: names that do not fit, a threshold that is no number, or a matrix over its budget.
@@ -168,6 +170,7 @@ class Matrix:
     data: tuple[str, ...] = ()
     quick: bool = False
     seeds: tuple[int, ...] = (0, 1, 2)
+    golden: str | None = None
 
     def __post_init__(self) -> None:
         where, names = f"claims of {self.method}", [arm.name for arm in self.arms]
@@ -220,9 +223,9 @@ class Matrix:
 
 
 def methods() -> list[str]:
-    """The methods with a claims file here: each has a folder of configs, too."""
+    """The methods with a claims file here, which have a folder of configs, too, and further matrices of theirs."""
     files = sorted(Path(__file__).parent.glob("*.py"))
-    return [file.stem for file in files if (ROOT / "configs" / file.stem).is_dir()]
+    return [file.stem for file in files if file.stem in FURTHER or (ROOT / "configs" / file.stem).is_dir()]
 
 
 def load(name: str, quick: bool = False) -> Matrix:

@@ -115,3 +115,18 @@ def test_both_autoencoders_on_the_same_pictures(tmp_path) -> None:
     found = cells.tokenizers(Cell(0, tmp_path, {"split": "val", "n": 16})).numbers
     assert found["psnr_continuous"] > 33 > found["psnr_discrete"] > 20
     assert found["psnr_gain"] == pytest.approx(found["psnr_continuous"] - found["psnr_discrete"])
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_longer_comparison_of_orders_differs_in_its_length_alone(quick: bool) -> None:
+    base, longer = load("fluid", quick), load("fluid_orders", quick)
+    assert longer.golden == "fluid" and longer.seeds == base.seeds
+    for order in ("cx", "cr"):
+        ours, theirs = longer.arm(f"train-{order}"), base.arm(f"long-{order}")
+        a, b = ours.options["overrides"], theirs.options["overrides"]
+        changed = {key for key in a if a[key] != b[key]}
+        lengths = {"trainer.max_steps", "trainer.val_check_interval", "checkpoints.every"}
+        assert changed == {*lengths, "model.transformer.schedule.total"} and a.keys() == b.keys()
+        assert ours.options["config"] == theirs.options["config"] and ours.units > theirs.units
+        assert longer.arm(order).options["sampling"] == base.arm(order).options["sampling"]
+    assert {c.id for c in longer.claims} == {"2-score", "2-distance", "2-enough", "2-enough-raster"}

@@ -21,10 +21,10 @@ def test_hours_follow_the_formula() -> None:
     assert PEAKS["H100 SXM"] > 3 * PEAKS["A100"]
 
 
-def test_the_operations_of_fluid_are_those_of_the_paper() -> None:
-    """4.1e21 in a million steps of 2,048 pictures, 1.1 billion parameters; ours within a third."""
+def test_the_operations_of_fluid_are_those_of_the_paper_and_of_its_text_encoder() -> None:
+    """4.1e21 of the 1.1 B transformer in a million steps of 2,048 pictures; T5-XXL, online, and attention come on top."""
     planned = KEPT["fluid/1b"]
-    assert planned["steps"] * planned["operations"] == pytest.approx(4.1e21, rel=1 / 3)
+    assert 1 < planned["steps"] * planned["operations"] / 4.1e21 < 2
 
 
 def test_a_plan_is_what_check_says() -> None:

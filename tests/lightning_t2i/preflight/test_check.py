@@ -178,3 +178,9 @@ def test_predicted_memory_is_what_a_training_allocates(name):
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_check_of_weights_in_files_of_our_own_says_what_it_cannot_know(capsys) -> None:
+    """RepBlend's classifier is read on fake tensors; its step, which depends on values, is refused in words."""
+    assert main(["check", "--config", str(ROOT / "configs/repblend/tiny.yaml")]) == 2
+    assert "A training step depends on the values of tensors" in capsys.readouterr().err

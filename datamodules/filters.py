@@ -68,7 +68,8 @@ def chosen_rows(
 
 def speaking(index: Index, languages: Sequence[str], part: slice) -> np.ndarray:
     """Which rows of a part have a caption in one of the languages, bool [rows]."""
-    known = [name.removeprefix("caption_") for name in index.columns if name.startswith("caption_")]
+    told = [name for name in index.columns if name.startswith("caption_") and name != "caption_length"]
+    known = [name.removeprefix("caption_") for name in told]
     for language in languages:
         if language not in known:
             raise UserError("No captions in this language", where="languages", given=language, allowed=known)

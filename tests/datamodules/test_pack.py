@@ -302,3 +302,10 @@ def test_transparent_gif_keeps_its_transparency(tmp_path):
     stored = Image.open(io.BytesIO(shards._read(0, "offset", "size")))
     assert stored.mode == "RGBA" and stored.getpixel((0, 0))[3] == 0
     assert shards.picture(0).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_language_that_no_caption_is_in_is_refused_and_those_that_are_there_are_named(pictures, tmp_path):
+    out = pack(pictures(beside=True), tmp_path / "out", val=0.0, test=0.0)
+    with pytest.raises(UserError, match="No captions in this language") as error:
+        Shards(out, "train", ["en", "zh"])
+    assert "allowed: en\n" in f"{error.value}\n"

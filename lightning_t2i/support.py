@@ -119,9 +119,9 @@ def exported(method: str) -> Outcome:
         return {"outcome": "yes", "what": ", ".join(sorted(path.name for path in out.iterdir()))}
 
 
-def probed(method: str) -> dict[str, Outcome]:
-    """All probes of a method, in a process of its own: a strategy leaves a process group behind."""
-    command = [sys.executable, "-m", "lightning_t2i.support", "--probe", method]
+def probed(method: str, axes: Sequence[str] = tuple(AXES)) -> dict[str, Outcome]:
+    """Probes of a method, in a process of its own: a strategy leaves a process group behind."""
+    command = [sys.executable, "-m", "lightning_t2i.support", "--probe", method, *axes]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(f"the probes of {method} failed:\n{done.stderr[-3000:]}")
@@ -151,8 +151,9 @@ def page(results: dict[str, dict[str, Outcome]]) -> str:
     text = [
         "# What runs with what",
         "Made by `python -m lightning_t2i.support --refresh` from probes that `tests/lightning_t2i/test_support.py` "
-        "repeats. A probe trains a method's tiny config on the CPU for two steps, a search for one generation, with "
-        "one thing changed. Nothing of this was run on a GPU.",
+        "repeats, those of bf16 and compile for two methods, and for all where LIGHTNING_T2I_LONG_TESTS is set. A "
+        "probe trains a method's tiny config on the CPU for two steps, a search for one generation, with one thing "
+        "changed. Nothing of this was run on a GPU.",
         table(rows, ("method", *(f"mesh {mesh}" for mesh in MESHES), *AXES)),
         "\n".join(f"- {axis}: {meaning}" for axis, meaning in AXES.items()),
         "Meshes (replicate x shard) are those of `./run proof METHOD`: ten kills on each, and no bit differs. In "
@@ -168,10 +169,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m lightning_t2i.support", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--refresh", action="store_true", help="probe, and write the result and the page")
     parser.add_argument("--method", nargs="+", choices=methods(), default=methods(), help="(default: all)")
-    parser.add_argument("--probe", metavar="METHOD", help=argparse.SUPPRESS)
+    parser.add_argument("--probe", nargs="+", help=argparse.SUPPRESS)  # a method and axes
     given = parser.parse_args(arguments)
     if given.probe:
-        print(json.dumps({axis: probe(given.probe, axis) for axis in AXES}))
+        method, *axes = given.probe
+        print(json.dumps({axis: probe(method, axis) for axis in axes}))
         return 0
     results = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
     if given.refresh:

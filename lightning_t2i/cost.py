@@ -34,12 +34,12 @@ PLANS: dict[str, tuple[int, int, str]] = {
     "dmd2/sdxl_4step": (64, 8, ""),
     "instaflow/sd15_reflow": (8, 1, "269 A100 hours, without the pairs"),
     "instaflow/sd15_reflow_large": (32, 4, "1,536 A100 hours"),
-    "instaflow/sd15_distill": (32, 4, "1,306 A100 hours"),
+    "instaflow/sd15_distill": (32, 4, "2,592 A100 hours"),
     "deme/sd14": (8, 1, ""),
     "ecad/pixart_alpha_256": (8, 1, "39.6 million pictures"),
     "ecad/flux1_dev_256": (8, 1, "6.0 million pictures"),
     "wukong/vit_b32": (32, 4, ""),
-    "wukong/vit_l14": (32, 4, "32 to 40 cards for 3 to 10 days"),
+    "wukong/vit_l14": (32, 4, "32 to 40 cards for 3 to 10 days, as recalled"),
 }
 # Operations of a generation of a search: candidates x pictures x operations of a picture with all computed, half of
 # which a schedule leaves out (MACs of a picture: docs/ecad.md).
@@ -113,7 +113,8 @@ def page(results: dict[str, Planned], measured: Sequence[Sequence[Any]]) -> str:
         "for a multiplication with an addition; time for data, collectives, validation and checkpoints comes on top. "
         "Memory is that of the worst moment of a step on the mesh (replicate x shard); where it is more than a card "
         "has, `check` says what to change. A step of ECAD is a generation; half of its computations are taken to be "
-        "reused.",
+        "reused. Frozen text encoders run in the training, T5-XXL in Fluid's; the figures of Fluid's paper leave it "
+        "out. Steps of InstaFlow with a perceptual loss are counted as those without.",
         "## The papers' experiments",
         table(rows, head),
         "## The tiny configs on one CPU core",

@@ -24,6 +24,7 @@ from lightning_t2i.claims import deme_cells, ecad_cells, instaflow_cells, repble
 from lightning_t2i.claims.spec import Arm, Claim, Matrix
 from lightning_t2i.claims.training import fit
 
+METHODS = ("deme", "dmd", "ecad", "fluid", "instaflow", "repblend", "swiftbrush", "wukong")
 SD, PIXART, FLUX = "assets/tiny/sd", "assets/tiny/pixart", "assets/tiny/flux"
 PICTURE_S, GUIDED_S, PAIR_S, JUDGED_S = 0.02, 0.09, 0.16, 0.018  # one step; 25 guided steps; a pair; under a schedule
 
@@ -162,4 +163,4 @@ def matrix(quick: bool = False) -> Matrix:
                               ("teacher", "the teacher of 25 steps"), ("fluid", "Fluid"), ("dmd", "DMD in one step"),
                               ("swiftbrush", "SwiftBrush in one step"))),
     )  # fmt: skip
-    return Matrix("combinations", arms, claims, data=("shapes",), quick=quick)
+    return Matrix("combinations", arms, claims, ("shapes",), quick, golden=METHODS)

@@ -32,4 +32,4 @@ def matrix(quick: bool = False) -> Matrix:
         arms.append(replace(drawn, options={**drawn.options, "of": name, "step": long}, after=(name,)))
     shared = tuple(claim for claim in base.claims if claim.id in ("2-score", "2-distance", "2-enough"))
     raster = Claim("2-enough-raster", "So does the raster order.", "cr", None, "shapes_score", 0.4)
-    return Matrix("fluid_orders", tuple(arms), (*shared, raster), base.data, quick, golden="fluid")
+    return Matrix("fluid_orders", tuple(arms), (*shared, raster), base.data, quick, golden=("fluid",))

@@ -56,8 +56,9 @@ def data_hash(source: str) -> str:
 def hashes(matrix: Matrix) -> Hashes:
     """All that the results of a matrix depend on."""
     configs = sorted({str(arm.options["config"]) for arm in matrix.arms if "config" in arm.options})
+    found = [golden_hash(method) for method in matrix.golden or (matrix.method,)]
     return {
-        "golden": golden_hash(matrix.golden or matrix.method),
+        "golden": found[0] if len(found) == 1 else digest(found),
         "configs": {config: config_hash(config) for config in configs},
         "data": {source: data_hash(source) for source in matrix.data},
     }

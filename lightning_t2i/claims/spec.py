@@ -158,7 +158,7 @@ class Matrix:
         data: embedded worlds or data-set folders that the arms use.
         quick: a rehearsal of the whole at a fraction of the cost.
         seeds: every arm is run with each, so that effects are paired.
-        golden: method whose golden losses the results depend on; None is `method`.
+        golden: methods whose golden losses the results depend on; none is `method` alone.
 
     Raises:
         UserError: names that do not fit, a threshold that is no number, or a matrix over its budget.
@@ -170,7 +170,7 @@ class Matrix:
     data: tuple[str, ...] = ()
     quick: bool = False
     seeds: tuple[int, ...] = (0, 1, 2)
-    golden: str | None = None
+    golden: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         where, names = f"claims of {self.method}", [arm.name for arm in self.arms]

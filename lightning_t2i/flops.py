@@ -6,7 +6,7 @@ operations do not (they are below 1 % in the networks here).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,13 +80,6 @@ def counting() -> Iterator[Operations]:
     """Counts what runs inside, backward passes too: `counter.total`. Compiled blocks run eagerly."""
     with torch.compiler.set_stance("force_eager"), Operations() as counter:
         yield counter
-
-
-def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
-    """Operations of one call."""
-    with counting() as counter:
-        function(*args, **kwargs)
-    return counter.total
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float | None:

@@ -44,15 +44,6 @@ def _hash_of(folder: Path, parts: tuple[str, ...]) -> str:
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
-def weights_hash(network: nn.Module) -> str:
-    """Hash over all parameters and buffers of an unsharded network; equal hashes mean equal bits."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def check_identities(saved: dict[str, str], current: dict[str, str]) -> None:
     """Refuses a checkpoint that was trained against other frozen networks.
 

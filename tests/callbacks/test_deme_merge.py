@@ -11,13 +11,13 @@ from deme_parts import STEPS, Pictures, ProjectionOptions, deme, made_up, traine
 from distilling import same, states
 from pictures import PictureStream, fit, records
 from toy import Toy, ToyData, trainer_for
+from weights import weights_hash
 
 from callbacks import deme_merge
 from callbacks.deme_merge import DeMeMerge, MergeOptions
 from datamodules.streams import Streams
 from lightning_modules.deme import DeMe
 from lightning_t2i.errors import UserError
-from lightning_t2i.frozen import weights_hash
 from lightning_t2i.held_out import HeldOut
 from lightning_t2i.keys import Keys
 from lightning_t2i.metrics.scorers import Scorer

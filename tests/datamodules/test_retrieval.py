@@ -87,6 +87,7 @@ def test_one_module_for_a_retrieval_set(tmp_path):
     assert len(batch["main"]) == 4 and len(batch["main"].captions) == 4
     assert sum(len(b["main"]) for b in data.val_dataloader()) == 12
     assert data.finite["test"].batch_size == 3
+    assert [len(b["main"]) for b in data.val_dataloader()] == [3] * 4  # val_batch_size
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from deme_parts import STEPS, Pictures, ProjectionOptions, built, deme, made_up,
 from distilling import heard, same, states
 from pictures import fit, records
 from toy import trainer_for
+from weights import weights_hash
 
 from lightning_modules.deme import DeMe, expert_loss, per_sample, ranges
 from lightning_modules.diffusion import Diffusion
@@ -20,7 +21,6 @@ from lightning_t2i.cli.stock import read_stock
 from lightning_t2i.errors import UserError
 from lightning_t2i.expert_plots import cosines, gradient_cosines
 from lightning_t2i.forward_units import counting_units, differences
-from lightning_t2i.frozen import weights_hash
 from lightning_t2i.keys import Keys
 from lightning_t2i.merging import merged, read_header
 from lightning_t2i.networks.denoiser import Denoiser

@@ -7,11 +7,11 @@ import pytest
 import tiny_networks
 import torch
 from pictures import Pictures, fit, records
+from weights import weights_hash
 
 from lightning_modules.diffusion import Diffusion, weighted_loss
 from lightning_t2i.batch import Records
 from lightning_t2i.errors import UserError
-from lightning_t2i.frozen import weights_hash
 from lightning_t2i.keys import Keys
 from lightning_t2i.networks.text_encoder import TextEncoder
 from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions

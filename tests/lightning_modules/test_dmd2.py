@@ -13,6 +13,7 @@ from pictures import PictureStream, fit
 from tiny_networks import pipeline_folder
 from torch import nn
 from torch.nn.functional import softplus
+from weights import weights_hash
 
 from datamodules.prompts import Prompts
 from datamodules.streams import Streams
@@ -22,7 +23,6 @@ from lightning_t2i.batch import Batch, Records
 from lightning_t2i.cli.configs import merge
 from lightning_t2i.errors import UserError
 from lightning_t2i.forward_units import counting_units, differences
-from lightning_t2i.frozen import weights_hash
 from lightning_t2i.keys import Keys
 from lightning_t2i.networks.adapters import roles
 from lightning_t2i.networks.denoiser import Denoiser

@@ -18,12 +18,12 @@ import torch
 from fluid_parts import LENGTH, SIDE, built, fluid, parts
 from pictures import Pictures, fit, records
 from torch import Tensor
+from weights import weights_hash
 
 from lightning_modules.fluid import Fluid, masked_mean
 from lightning_t2i.batch import Records
 from lightning_t2i.errors import UserError
 from lightning_t2i.forward_units import counting_units, differences
-from lightning_t2i.frozen import weights_hash
 from lightning_t2i.keys import Keys
 from lightning_t2i.networks.token_heads import masked_rows
 from lightning_t2i.networks.token_transformer import TokenTransformer
@@ -245,6 +245,21 @@ def test_validation_is_the_same_at_every_visit_and_reports_its_parts_and_bins(fo
         times = [bins[f"{main}/t{i}"] for i in range(10)]
         assert sum(times) / 10 == pytest.approx(values[0][f"val/{main}"], rel=0.02)
         assert min(times) < values[0][f"val/{main}"] < max(times)
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_val_copies_are_times_of_each_token_in_validation(folder, tmp_path, monkeypatch, copies) -> None:
+    seen: set[int] = set()
+    terms = Fluid.terms
+
+    def watched(*args, stratified=False, **options):
+        found = terms(*args, stratified=stratified, **options)
+        seen.update([found[3].shape[1] - 1] if stratified else [])
+        return found
+
+    monkeypatch.setattr(Fluid, "terms", watched)
+    fit(tmp_path, fluid(folder, val_copies=copies), 1, val_check_interval=1)
+    assert seen == {copies}
 
 
 def test_validation_draws_depend_on_seed_and_picture_alone(folder) -> None:

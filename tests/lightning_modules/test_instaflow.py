@@ -14,6 +14,7 @@ from pictures import fit
 from safetensors.torch import save_file
 from tiny_networks import pipeline_folder
 from torch import Tensor, nn
+from weights import weights_hash
 
 from datamodules.pairs import Pairs
 from datamodules.prompts import Prompts
@@ -26,7 +27,6 @@ from lightning_t2i.claims.instaflow_toy import crossings, energy_distance, flows
 from lightning_t2i.cli.configs import merge
 from lightning_t2i.errors import UserError
 from lightning_t2i.forward_units import counting_units, differences
-from lightning_t2i.frozen import weights_hash
 from lightning_t2i.keys import Keys
 from lightning_t2i.metrics.straightness import Straightness, trajectory
 from lightning_t2i.networks.denoiser import Predictor, Reexpressed

@@ -16,6 +16,7 @@ from repblend_parts import BATCH, PAIRS, SIDE, STEPS, Problem, encoders, experts
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import normalize
+from weights import weights_hash
 
 from datamodules.streams import Streams
 from lightning_modules.experts import FOLDER, Course, Recipe, Trajectories, save_experts
@@ -25,7 +26,6 @@ from lightning_t2i.blending import Blending, Plan, blend
 from lightning_t2i.cli.configs import merge
 from lightning_t2i.cli.restore import constructed
 from lightning_t2i.errors import UserError
-from lightning_t2i.frozen import weights_hash
 from lightning_t2i.keys import Keys
 from lightning_t2i.metrics.collapse import collapse, concentration, gap, intra, stripes, threshold
 from lightning_t2i.metrics.retrieval import RetrievalRecall

@@ -14,6 +14,7 @@ from pictures import fit
 from PIL import Image
 from tiny_networks import pipeline_folder
 from torch import nn
+from weights import weights_hash
 
 from datamodules.prompts import Prompts
 from datamodules.records import Shards
@@ -24,7 +25,6 @@ from lightning_t2i.batch import Batch, Records
 from lightning_t2i.cli.configs import merge
 from lightning_t2i.errors import UserError
 from lightning_t2i.forward_units import counting_units, differences
-from lightning_t2i.frozen import weights_hash
 from lightning_t2i.keys import Keys
 from lightning_t2i.networks.denoiser import Predictor, Reexpressed
 from lightning_t2i.networks.load import build_network

@@ -10,6 +10,7 @@ from distilling import heard, same, states, update
 from pictures import fit
 from tiny_networks import autoencoder, pipeline_folder
 from torch import nn
+from weights import weights_hash
 
 from datamodules.prompts import Prompts
 from datamodules.streams import Streams
@@ -19,7 +20,6 @@ from lightning_t2i.batch import Records
 from lightning_t2i.cli.configs import merge
 from lightning_t2i.errors import UserError
 from lightning_t2i.forward_units import counting_units, differences
-from lightning_t2i.frozen import weights_hash
 from lightning_t2i.keys import Keys
 from lightning_t2i.networks.denoiser import Denoiser
 from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions

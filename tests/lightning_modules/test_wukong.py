@@ -10,6 +10,7 @@ import pytest
 import torch
 from pictures import Pictures, fit
 from toy import adam
+from weights import weights_hash
 from wukong_parts import (
     IMAGE,
     SWIN,
@@ -29,7 +30,6 @@ from lightning_t2i.cli.configs import merge
 from lightning_t2i.dual_encoder_pipeline import DualEncoderPipeline
 from lightning_t2i.errors import UserError
 from lightning_t2i.forward_units import counting_units, differences
-from lightning_t2i.frozen import weights_hash
 from lightning_t2i.networks.dual_encoder import DualEncoder
 from lightning_t2i.networks.image_tower import ImageTower
 from lightning_t2i.networks.load import build_network

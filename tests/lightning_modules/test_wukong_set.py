@@ -12,13 +12,13 @@ import torch
 from pictures import fit
 from repblend_parts import TwoCaptions
 from torch.nn.functional import normalize
+from weights import weights_hash
 from wukong_parts import IMAGE, image_folder
 
 from datamodules.streams import Streams
 from datamodules.synthetic import SyntheticPairs
 from lightning_modules.wukong_set import WukongOfSet
 from lightning_t2i.errors import UserError
-from lightning_t2i.frozen import weights_hash
 from lightning_t2i.keys import Keys
 from lightning_t2i.networks.frozen_pair import FrozenTexts
 from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from lightning_t2i import flops
-from lightning_t2i.flops import count_flops, peak_flops, utilisation
+from lightning_t2i.flops import counting, peak_flops, utilisation
+
+
+def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+    """Operations of one call."""
+    with counting() as counter:
+        function(*args, **kwargs)
+    return counter.total
 
 
 def test_linear_layer() -> None:

@@ -10,9 +10,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 from toy import Toy, ToyData, adam, trainer_for
+from weights import weights_hash
 
 from lightning_t2i.errors import UserError
-from lightning_t2i.frozen import weights_hash
 from lightning_t2i.guards import NonFiniteError
 from lightning_t2i.method import MethodModule
 from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions

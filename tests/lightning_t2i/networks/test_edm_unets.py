@@ -54,6 +54,13 @@ def test_published_sizes(name: str, millions: float) -> None:
     assert len(list(blocks(net))) > 20
 
 
+@both
+def test_embeddings_are_as_wide_as_asked_for(cls: type[EDMUNet]) -> None:
+    wide = {layer.in_features for layer in network(cls, embedding_mult=3).modules() if isinstance(layer, nn.Linear)}
+    usual = {layer.in_features for layer in network(cls).modules() if isinstance(layer, nn.Linear)}
+    assert 24 in wide and 24 not in usual and 32 in usual
+
+
 def test_resampling_is_the_filter_of_two_ones() -> None:
     x = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
     kernel = torch.full((3, 1, 2, 2), 0.25)

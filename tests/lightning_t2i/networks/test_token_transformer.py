@@ -55,6 +55,19 @@ def run(net: TokenTransformer, tokens: Tensor, known: Tensor | None, text: Text 
     return net(tokens, text if text is not None else net.align(*words()), known if random else None)
 
 
+# ---- sizes ----
+
+
+def test_widths_of_perceptrons_and_head_are_those_asked_for() -> None:
+    def size(**options: Any) -> int:
+        return sum(p.numel() for p in network(**options).parameters())
+
+    more = 2 * 32 * 32 + 32  # of a perceptron that is one width wider: two matrices and a bias
+    assert size(mlp_ratio=5.0) - size(mlp_ratio=4.0) == 2 * more
+    assert size(aligner_mlp_ratio=3.0) - size(aligner_mlp_ratio=2.0) == more
+    assert size(head_width=32) == size() > size(head_width=16)
+
+
 # ---- what a token sees ----
 
 

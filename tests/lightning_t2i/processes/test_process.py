@@ -84,6 +84,8 @@ def test_known_grids():
     # DMD's grid of 1000 Karras levels (arXiv 2311.18828).
     grid = EDM().grid(torch.tensor([0, 20, 500, 980, 999]) / 999)
     torch.testing.assert_close(grid, torch.tensor([0.002, 0.0032316, 2.5265, 72.054, 80]).double(), rtol=1e-4, atol=0)
+    straight = EDM(1.0, 5.0, rho=1.0).grid(torch.linspace(0, 1, 5, dtype=torch.float64))
+    torch.testing.assert_close(straight, torch.tensor([1, 2, 3, 4, 5]).double())
     with pytest.raises(UserError, match="1 to 1000"):
         DDPM().timesteps(1001)
 

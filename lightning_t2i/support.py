@@ -30,6 +30,7 @@ from lightning_t2i.state_io import write_atomically
 RESULT, PAGE = ROOT / "docs" / "results" / "support.json", ROOT / "docs" / "support.md"
 PROOFS = ROOT / "docs" / "results" / "proof"
 STEPS = {"ecad": 1}  # training steps of a probe, of a search generations; others 2
+SMALLER: dict[str, dict[tuple[str, ...], Any]] = {"ecad": {("model", "init_args", "search", "population"): 4}}
 AXES = {
     "bf16": "bfloat16 computation with float32 master weights, FSDP2 with one process",
     "compile": "repeated blocks traced by `torch.compile` (no code is generated: backend eager), the same losses",
@@ -54,9 +55,12 @@ def frozen_network(method: str) -> str:
 
 
 @cache
-def plain(method: str) -> Golden:
-    """The steps with nothing changed."""
-    return record(method, STEPS.get(method, 2))
+def plain(method: str) -> tuple[Golden, str]:
+    """The steps with nothing changed, and the names in the folder that is exported after them."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        steps = record(method, STEPS.get(method, 2), SMALLER.get(method), after=lambda trained: trained.export(out, []))
+        return steps, ", ".join(sorted(path.name for path in out.iterdir()))
 
 
 def probe(method: str, axis: str) -> Outcome:
@@ -67,7 +71,7 @@ def probe(method: str, axis: str) -> Outcome:
     """
     common, model = ("model", "init_args", "common"), ("model", "init_args")
     if axis == "export":
-        return exported(method)
+        return {"outcome": "yes", "what": plain(method)[1]}
     changes: dict[tuple[str, ...], Any] = {}
     strategy: Any = "auto"
     if axis == "bf16":
@@ -82,10 +86,11 @@ def probe(method: str, axis: str) -> Outcome:
         changes = {(*common, "quantize"): {frozen_network(method): axis}}
     try:
         with traced():
-            changed = record(method, STEPS.get(method, 2), changes, strategy)
+            changed = record(method, STEPS.get(method, 2), SMALLER.get(method, {}) | changes, strategy)
     except UserError as error:
         return {"outcome": "refused", "what": error.what}
-    before, detail = plain(method), f"{method}, {axis}: {plain(method)} became {changed}"
+    before, _ = plain(method)
+    detail = f"{method}, {axis}: {before} became {changed}"
     assert all(math.isfinite(loss) for step in changed.losses for _, loss in step), detail
     if axis == "compile":
         assert close(before, changed), detail
@@ -109,14 +114,6 @@ def close(a: Golden, b: Golden) -> bool:
     """Whether two trainings had the same losses but for rounding."""
     pairs = [(x[1], y[1]) for old, new in zip(a.losses, b.losses, strict=True) for x, y in zip(old, new, strict=True)]
     return bool(pairs) and all(math.isclose(x, y, rel_tol=1e-4, abs_tol=1e-8) for x, y in pairs)
-
-
-def exported(method: str) -> Outcome:
-    """What lies in the folder that a method exports."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out"
-        record(method, STEPS.get(method, 2), after=lambda trained: trained.export(out, []))
-        return {"outcome": "yes", "what": ", ".join(sorted(path.name for path in out.iterdir()))}
 
 
 def probed(method: str, axes: Sequence[str] = tuple(AXES)) -> dict[str, Outcome]:

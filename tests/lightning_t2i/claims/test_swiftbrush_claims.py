@@ -10,6 +10,7 @@ import torch
 
 from lightning_t2i.claims import swiftbrush as cells
 from lightning_t2i.claims.spec import Cell, Measured, Outcome, load
+from lightning_t2i.claims.swiftbrush_longer import watched
 
 SMALL = {
     "data.main.batch_size": 4,
@@ -39,6 +40,28 @@ def test_the_matrix_fits_its_budget_and_claims_what_the_spec_lists(quick: bool) 
         assert (claim.threshold is None) == (
             claim.id.startswith(("versus", "cost")) or claim.id in ("1-score", "1-diversity")
         )
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_longer_trainings_differ_in_their_length_alone_and_are_watched(quick: bool) -> None:
+    base, longer = load("swiftbrush", quick), load("swiftbrush_longer", quick)
+    assert longer.golden == ("swiftbrush",) and longer.seeds == base.seeds
+    for name in ("full", "sds"):
+        ours, theirs = longer.arm(f"train-{name}"), base.arm(f"train-{name}")
+        a, b = ours.options["overrides"], theirs.options["overrides"]
+        changed = {key for key in b if a[key] != b[key]}
+        assert {"trainer.max_steps", "model.student.schedule.init_args.total"} <= changed
+        assert all(key.endswith(("max_steps", "total")) for key in changed)
+        assert {key.partition(".")[0] for key in a.keys() - b.keys()} == {"eval"}
+        assert longer.arm(name) == base.arm(name) and ours.units > theirs.units
+    of_base = {claim.id: claim for claim in base.claims}
+    assert all(claim == of_base[claim.id] for claim in longer.claims if not claim.id.startswith("curve"))
+
+
+def test_scores_on_the_way_are_read_from_the_run(folder) -> None:
+    watch = {"eval.metrics": ["shapes_score"], "eval.every": 8, "eval.n": 100, "eval.max_fraction": 1.0}
+    found = watched(cell_of(folder, **watch, **{"model.score": "noise"})).numbers
+    assert found.keys() == {"seconds_per_step", "score@8"} and 0 <= found["score@8"] <= 1
 
 
 def test_distances_of_pictures_of_one_prompt() -> None:

@@ -62,7 +62,7 @@ def judged(claim: Claim, matrix: Matrix, outcomes: Outcomes) -> dict[str, Any]:
         raise UserError("Arm and baseline have different prompts", where=f"the claim {claim.id}", given=given)
     scores, baselines = [m.of(claim.metric) for m in arm], [m.of(claim.metric) for m in base]
     effects = [a - b for a, b in zip(scores, baselines, strict=True)] if base else scores
-    found = judge(effects, claim.threshold, claim.direction)
+    found = judge(effects, claim.threshold, claim.direction, paired=bool(base))
     rows = _per_prompt(claim.metric, [m.scores for m in arm], [m.scores for m in base])
     prompts = bootstrap(rows, Keys(0).fork(f"claims/{claim.id}")) if rows is not None else None
     return {

@@ -105,7 +105,11 @@ def bootstrap(
 
 
 def judge(
-    effects: Sequence[float], threshold: float | None, direction: Direction = "higher", level: float = 0.95
+    effects: Sequence[float],
+    threshold: float | None,
+    direction: Direction = "higher",
+    level: float = 0.95,
+    paired: bool = True,
 ) -> Judged:
     """The verdict on a claim about the effect of an arm against its baseline.
 
@@ -121,13 +125,16 @@ def judge(
             worse by more than that; then that bound, not zero, is what every seed must keep.
         direction: "higher" claims effect >= threshold, "lower" effect <= threshold.
         level: confidence of the t-interval.
+        paired: false where effects are numbers without a baseline, as a count is: one that is the threshold itself with
+            every seed meets it, where a difference of 0 has no sign.
     """
     interval = paired_interval(effects, level)
     if threshold is None:
         return Judged("reported-only", interval)
     sign = {"higher": 1, "lower": -1}[direction]
     claimed = sign * threshold
-    if sign * interval.estimate >= claimed and all(sign * d > min(claimed, 0.0) for d in effects):
+    signs = all(sign * d > min(claimed, 0.0) for d in effects) or (not paired and all(d == threshold for d in effects))
+    if sign * interval.estimate >= claimed and signs:
         return Judged("reproduced", interval)
     best = interval.high if direction == "higher" else -interval.low
     return Judged("contradicted" if best < claimed else "inconclusive", interval)

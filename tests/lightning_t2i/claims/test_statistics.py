@@ -116,6 +116,13 @@ def test_verdicts(effects: list[float], threshold: float | None, direction: str,
     assert judged.interval == paired_interval(effects)
 
 
+def test_a_number_without_a_baseline_may_be_the_threshold_itself() -> None:
+    assert judge([0.0, 0.0, 0.0], 0.0, "lower", paired=False).passed
+    assert judge([0.0, 0.0, 0.0], 0.0, "lower").verdict == "inconclusive"  # a difference of 0 has no sign
+    assert judge([0.0, 0.0, 1.0], 0.0, "lower", paired=False).verdict == "inconclusive"
+    assert judge([0.9, 0.9, 0.0], 0.1, "higher", paired=False).verdict == "inconclusive"
+
+
 def test_an_unknown_direction_is_refused() -> None:
     with pytest.raises(KeyError):
         judge([0.1], 0.1, "up")

@@ -30,15 +30,26 @@ from lightning_t2i.networks.codec import LatentCodec
 QUICK = {"wait_s": 0.01, "timeout_s": 0.3}
 
 
-@pytest.fixture
-def bucket(tmp_path):
-    """(server, folder of the index, the same data set locally): 50 samples of 20 a shard."""
-    local = write_data_set(tmp_path / "toy", 50)
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """A server of 50 samples of 20 a shard, and the folder of their index."""
+    base = tmp_path_factory.mktemp("remote")
+    local = write_data_set(base / "toy", 50)
     with serving(local) as server:
         names = [f"{server.url}/{path.name}" for path in sorted(local.glob("*.tar"))]
-        assert main([*names, "--out", str(tmp_path / "out"), "--name", "toy"]) == 0
-        server.asked.clear()
-        yield server, tmp_path / "out", local
+        assert main([*names, "--out", str(base / "out"), "--name", "toy"]) == 0
+        yield server, base / "out"
+
+
+@pytest.fixture
+def bucket(imported, tmp_path):
+    """(server, folder of the index, the same data set locally), which a test may spoil."""
+    server, out = imported
+    whole = server.folder
+    server.folder = Path(shutil.copytree(whole, tmp_path / "toy"))
+    server.asked.clear()
+    yield server, Path(shutil.copytree(out, tmp_path / "out")), server.folder
+    server.folder, server.fault = whole, lambda *_: None
 
 
 def pictures(folder, **options) -> ImageText:

@@ -24,6 +24,7 @@ from PIL import Image
 from lightning_t2i.claims.training import prompts
 from lightning_t2i.keys import Keys
 from lightning_t2i.loggers import read_lines
+from lightning_t2i.metrics.assets import STUDENTS
 from lightning_t2i.paths import ROOT, resolve
 from lightning_t2i.pictures import draw_grid, to_pil
 from lightning_t2i.report import series
@@ -107,7 +108,7 @@ def keep(name: str, run: Path) -> None:
 
 PICTURES: dict[str, Callable[[], Image.Image]] = {
     "fluid": fluid,
-    "dmd": partial(student, "dmd"),
+    **{name: partial(student, name) for name in STUDENTS},
     **{f"{name}_curves": partial(curves, name) for name in CURVES},
 }
 

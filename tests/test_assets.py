@@ -14,7 +14,7 @@ from lightning_modules.classifier import targets
 from lightning_modules.diffusion import Diffusion
 from lightning_t2i.batch import Cond, Records
 from lightning_t2i.keys import Keys
-from lightning_t2i.metrics.assets import SOLVERS, STEPS, main, tokens
+from lightning_t2i.metrics.assets import SOLVERS, STEPS, STUDENTS, main, tokens
 from lightning_t2i.metrics.shapes_detector import detect, to_pixels
 from lightning_t2i.metrics.shapes_score import ShapesScore
 from lightning_t2i.networks.classifier import ShapesClassifier
@@ -26,8 +26,7 @@ from lightning_t2i.processes import sample
 from lightning_t2i.token_pipeline import TokenPipeline
 
 TINY = Path(__file__).parent.parent / "assets/tiny"
-PIPELINES = ("sd", "pixart", "flux", "dmd", "ddpm", "edm")
-STUDENTS = ("dmd",)
+PIPELINES = ("sd", "pixart", "flux", *STUDENTS, "ddpm", "edm")
 MADE = (*STUDENTS, "fluid")  # by the methods; the others are what methods start from
 FOLDERS = ("vae", "vq", "classifier", "perceptual", "clip", *PIPELINES, "fluid", "pairs", "points", "tokenizers")
 TEACHERS = ("sd", "pixart", "flux")
@@ -72,7 +71,7 @@ def test_no_config_tells_where_it_was_made():
         assert not json.loads(file.read_text()).get("_name_or_path"), file
 
 
-@pytest.mark.parametrize("pipeline", ["sd", "pixart", "flux", "dmd", "fluid"])
+@pytest.mark.parametrize("pipeline", ["sd", "pixart", "flux", *STUDENTS, "fluid"])
 def test_a_pipeline_holds_the_shipped_autoencoder(pipeline):
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
         assert (TINY / pipeline / "vae" / name).read_bytes() == (TINY / "vae" / name).read_bytes()
@@ -161,7 +160,7 @@ def stock(name: str):
 
     cls, options = {
         "sd": (diffusers.StableDiffusionPipeline, {"guidance_scale": 3.0}),
-        "dmd": (diffusers.StableDiffusionPipeline, {"guidance_scale": 1.0}),
+        **dict.fromkeys(STUDENTS, (diffusers.StableDiffusionPipeline, {"guidance_scale": 1.0})),
         "pixart": (
             diffusers.PixArtAlphaPipeline,
             {"guidance_scale": 3.0, "use_resolution_binning": False, "clean_caption": False, "height": 32, "width": 32},
@@ -176,7 +175,7 @@ def stock(name: str):
     return pipeline, options
 
 
-@pytest.mark.parametrize(("name", "steps"), [*((name, 25) for name in TEACHERS), ("dmd", 1)])
+@pytest.mark.parametrize(("name", "steps"), [*((name, 25) for name in TEACHERS), *((name, 1) for name in STUDENTS)])
 def test_stock_pipeline_gives_our_pictures(name, steps):
     pipeline, options = stock(name)
     module, guidance = teacher(name, solver=SOLVERS[name]), 1.0 if name in STUDENTS else 3.0

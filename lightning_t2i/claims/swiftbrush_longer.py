@@ -4,6 +4,7 @@
     train-full, train-sds   3       LONG training steps of 48 prompts
     their pictures          3       420 pictures in one step, and 4 of each of 60 prompts
     teacher-25, teacher-1   3       the same of the teacher
+    backgrounds             3       420 pictures of each student
 
 The arms are those of swiftbrush.py with LONG training steps in place of 200, at a rate that falls to nothing over all
 of them: there SDS had lost no diversity for seeds 0 and 1, and the students of both were still getting better.
@@ -42,8 +43,12 @@ def matrix(quick: bool = False) -> Matrix:
         totals = {key: long for key in before if key.endswith("schedule.init_args.total")}
         options = {**arm.options, "overrides": {**before, **totals, **kept}}
         arms += [replace(arm, cell=watched, units=long, options=options), base.arm(name)]
+        arms.append(base.arm(f"{name}-backgrounds"))
     arms.append(base.arm("full-way"))
-    known = ("1-score", "1-gap", "1-share", "1-share-aim", "1-diversity", "2-sds-diversity", "2-sds-fd")
+    known = (
+        "1-score", "1-gap", "1-share", "1-share-aim", "1-diversity", "2-sds-diversity", "2-sds-fd", "backgrounds-full",
+        "backgrounds-sds",
+    )  # fmt: skip
     shared = tuple(claim for claim in base.claims if claim.id in known or claim.id.startswith("versus-sds"))
     what, steps = "score of 100 validation prompts after", range(long // 8, long + 1, long // 8)
     curve = tuple(

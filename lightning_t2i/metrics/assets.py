@@ -34,10 +34,12 @@ from lightning_t2i.paths import ROOT
 from lightning_t2i.token_pipeline import TokenPipeline
 
 TINY = ROOT / "assets" / "tiny"
-N, CHOOSING, SCALES = 1000, 200, {"dmd": (1.0,)}
+STUDENTS = ("dmd", "swiftbrush")  # pipelines of one step
+N, CHOOSING, SCALES = 1000, 200, dict.fromkeys(STUDENTS, (1.0,))
 ALL_SCALES = (2.0, 3.0, 4.5, 6.0)  # where SCALES names none
-SOLVERS = {"pixart": "ddim", "flux": "euler", "sd": "ddim", "dmd": "ddim", "ddpm": "ddim", "edm": "heun"}
-STEPS = {"dmd": 1, "ddpm": 50, "edm": 18}
+SOLVERS = {"pixart": "ddim", "flux": "euler", "sd": "ddim", "ddpm": "ddim", "edm": "heun"}
+SOLVERS |= dict.fromkeys(STUDENTS, "ddim")
+STEPS = {"ddpm": 50, "edm": 18, **dict.fromkeys(STUDENTS, 1)}
 
 
 def built(name: str, folder: Path) -> Diffusion:
@@ -157,8 +159,8 @@ def retrieval(name: str, folder: Path) -> dict[str, Any]:
 
 
 MEASURES: dict[str, Callable[[str, Path], dict[str, Any]]] = {
-    "sd": text_to_image, "pixart": text_to_image, "flux": text_to_image, "dmd": text_to_image,
-    "fluid": text_to_image, "ddpm": on_pixels, "edm": on_pixels, "vq": tokens, "clip": retrieval,
+    **dict.fromkeys(("sd", "pixart", "flux", *STUDENTS, "fluid"), text_to_image),
+    "ddpm": on_pixels, "edm": on_pixels, "vq": tokens, "clip": retrieval,
 }  # fmt: skip
 
 

@@ -51,14 +51,30 @@ def templates() -> tuple[np.ndarray, np.ndarray, list[tuple[str, int, int, int]]
     return stack, np.square(stack).sum(1), kinds
 
 
+def distances(picture: np.ndarray) -> np.ndarray:
+    """Squared distances of pixels [..., 3] from the background colours: [..., 3]."""
+    found: np.ndarray = np.square(picture[..., None, :] - GROUNDS).sum(-1)
+    return found
+
+
+def commonest(to_grounds: np.ndarray) -> int:
+    """The background colour nearest to most pixels."""
+    return int(np.bincount(to_grounds.argmin(-1).ravel(), minlength=len(GROUNDS)).argmax())
+
+
+def backgrounds(images: Tensor) -> np.ndarray:
+    """Which of BACKGROUNDS each picture [B, 3, 32, 32] in [-1, 1] has: int [B]."""
+    return np.array([commonest(distances(picture)) for picture in to_pixels(images)])
+
+
 def detect(pixels: np.ndarray) -> list[dict[str, Any]]:
     """Objects of a picture, uint8 or float [32, 32, 3] in 0..255: {shape, colour, box, area, match}, largest first.
 
     `box` is that of the best template, `area` its covered pixels, `match` the agreement in [0, 1].
     """
     picture: np.ndarray = pixels.astype(np.float32)
-    to_grounds = np.square(picture[..., None, :] - GROUNDS).sum(-1)
-    ground = int(np.bincount(to_grounds.argmin(-1).ravel(), minlength=len(GROUNDS)).argmax())
+    to_grounds = distances(picture)
+    ground = commonest(to_grounds)
     to_palette = np.square(picture[..., None, :] - PALETTE).sum(-1)
     nearest = np.where(to_grounds.min(-1) < to_palette.min(-1), -1, to_palette.argmin(-1))
     found = []

@@ -11,7 +11,7 @@ from datamodules.worlds.shapes import Parameters, scenes
 from datamodules.worlds.shapes_draw import BACKGROUNDS, COLOURS, SHAPES, render
 from datamodules.worlds.shapes_scenes import TASKS
 from lightning_t2i.errors import UserError
-from lightning_t2i.metrics.shapes_detector import detect, satisfied, to_pixels
+from lightning_t2i.metrics.shapes_detector import backgrounds, detect, satisfied, to_pixels
 from lightning_t2i.metrics.shapes_score import ShapesScore
 
 N = 600
@@ -50,6 +50,12 @@ def test_accuracy_on_ground_truth_is_at_least_99_percent_in_every_task(truth):
 def test_detector_finds_shapes_colours_and_boxes_exactly(truth):
     right = [content(detect(p)) == content(s["objects"]) for p, s in zip(to_pixels(truth[1]), truth[0], strict=True)]
     assert np.mean(right) >= 0.99
+
+
+def test_backgrounds_are_found(truth):
+    noisy = truth[1] + 0.1 * torch.randn(truth[1].shape, generator=torch.Generator().manual_seed(0))
+    names = [list(BACKGROUNDS)[i] for i in backgrounds(noisy)]
+    assert names == [scene["background"] for scene in truth[0]] and set(names) == set(BACKGROUNDS)
 
 
 @pytest.mark.parametrize("background", BACKGROUNDS)

@@ -91,7 +91,7 @@ def teacher(cell: Cell) -> Measured:
 
 def grounds(cell: Cell) -> Measured:
     """Shares of the shapes world's backgrounds in pictures of a student or teacher, and `kinds`, the exponential of
-    their entropy: 1 for a single one, 3 for equal shares. Options of (an arm that trains; none is the teacher), split, n.
+    their entropy: 1 for a single one, 3 for equal shares. Options of (an arm; none is the teacher), split, n.
     """
     from lightning_modules.teacher import Teacher
 

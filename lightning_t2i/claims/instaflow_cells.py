@@ -138,7 +138,8 @@ def gains(cell: Cell) -> Measured:
 
 
 def planar(cell: Cell) -> Measured:
-    """The two modes in the plane: straightness and energy distances in one step, see `instaflow_toy`."""
+    """The two modes in the plane: straightness and energy distances in one step, see `instaflow_toy`; `energy_excess`
+    is that of the distilled reflow minus half of the direct distillation's."""
     from lightning_t2i.claims.instaflow_toy import energy_distance, flows
 
     found, keys = flows(cell.seed, cell.options["steps"]), Keys(cell.seed).fork("measured")
@@ -152,4 +153,4 @@ def planar(cell: Cell) -> Measured:
         for name in ("distilled", "direct"):
             numbers[f"energy_{name}"] = energy_distance(getattr(found, name).generate(z), real)
     numbers["bend_share"] = numbers["bend_reflowed"] / numbers["bend_teacher"]
-    return Measured({**numbers, "energy_share": numbers["energy_distilled"] / max(numbers["energy_direct"], 1e-6)})
+    return Measured({**numbers, "energy_excess": numbers["energy_distilled"] - numbers["energy_direct"] / 2})

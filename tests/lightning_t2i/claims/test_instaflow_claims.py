@@ -115,6 +115,7 @@ def test_gains_and_the_plane(tmp_path) -> None:
     assert found.numbers == {"first": 6.0, "second": 1.0, "excess": -5.0}
     numbers = cells.planar(Cell(0, tmp_path, {"steps": 20})).numbers
     assert numbers["bend_share"] == pytest.approx(numbers["bend_reflowed"] / numbers["bend_teacher"])
+    assert numbers["energy_excess"] == pytest.approx(numbers["energy_distilled"] - numbers["energy_direct"] / 2)
 
 
 def test_places_are_those_of_arms_or_of_folders(tmp_path) -> None:

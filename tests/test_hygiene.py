@@ -375,22 +375,16 @@ for config in sys.argv[1:]:
 
 
 @pytest.mark.slow
-def test_configs_with_every_class_parse_without_the_optional_packages() -> None:
-    """What a config imports is what its classes are: of those that name no other class one is enough."""
+@pytest.mark.parametrize("part", [0, 1])
+def test_every_config_parses_without_the_optional_packages(part: int) -> None:
     parts = ("configs/trainer", "configs/data", "configs/networks")  # they are parts of configs
-    named: set[str] = set()
-    configs = []
-    for file in tree():
-        if file.parts[0] == "configs" and file.suffix == ".yaml" and not str(file).startswith(parts):
-            classes = {str(file.parent), *re.findall(r"class_path: *([\w.]+)", read(file))}
-            if not classes <= named:
-                configs.append(str(file))
-            named |= classes
+    configs = [str(f) for f in tree() if f.parts[0] == "configs" and f.suffix == ".yaml"]
+    configs = [c for c in configs if not c.startswith(parts)][part::2]
     done = subprocess.run(
         [sys.executable, "-c", PARSE_ALL, *configs], cwd=ROOT, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(configs) > 30
+    assert configs
 
 
 # ---- documents -----------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from lightning_t2i.errors import UserError
 from lightning_t2i.keys import Keys
 from lightning_t2i.metrics.collapse import collapse, concentration, gap, intra, stripes, threshold
 from lightning_t2i.metrics.retrieval import RetrievalRecall
-from lightning_t2i.networks.frozen_pair import encoded
+from lightning_t2i.networks.frozen_pair import FrozenImages, FrozenTexts, encoded
 from lightning_t2i.networks.nfnet import NFNet
 from lightning_t2i.networks.projection import Head, Student
 from lightning_t2i.options import MethodOptions
@@ -783,6 +783,20 @@ def test_what_does_not_fit_is_refused_before_the_first_step(tmp_path, options, m
         trained(tmp_path, repblend(tmp_path, **options), 1)
 
 
+def test_encoders_of_a_hub_are_read_at_their_revisions(tmp_path, monkeypatch):
+    asked, given = [], encoders(tmp_path, image_revision="abc", text_revision="def")
+    for kind in (FrozenImages, FrozenTexts):
+        build = kind.build
+
+        def recorded(source, *rest, build=build):
+            asked.append((source, rest[-1]))
+            return build(source)
+
+        monkeypatch.setattr(kind, "build", recorded)
+    repblend(tmp_path, encoders=given).configure_model()
+    assert asked == [(given.image, "abc"), (given.text, "def")]
+
+
 def test_experts_of_other_encoders_are_refused(tmp_path):
     fit(tmp_path, experts(tmp_path), 4, streams(), limit_val_batches=0)
     folder = str(tmp_path / FOLDER)
@@ -827,8 +841,6 @@ def test_paper_scale_sets_have_their_published_sizes(name, capsys):
 
 def test_the_weights_of_an_nfnet_are_read_by_their_published_names(tmp_path):
     from safetensors.torch import save_file
-
-    from lightning_t2i.networks.frozen_pair import FrozenImages
 
     network = NFNet()
     save_file({**network.state_dict(), "head.fc.weight": torch.zeros(2, 2)}, tmp_path / "w.safetensors")

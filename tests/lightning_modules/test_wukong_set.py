@@ -21,6 +21,7 @@ from lightning_modules.wukong_set import WukongOfSet
 from lightning_t2i.errors import UserError
 from lightning_t2i.keys import Keys
 from lightning_t2i.networks.frozen_pair import FrozenTexts
+from lightning_t2i.networks.image_tower import ImageTower
 from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions
 from lightning_t2i.paths import ROOT
 from lightning_t2i.synthetic_set import SyntheticSet
@@ -126,6 +127,24 @@ def test_another_text_encoder_and_another_folder_are_refused(tmp_path) -> None:
     stream = SyntheticPairs(str(tmp_path))
     with pytest.raises(UserError, match="Not the folder of a synthetic set"):
         stream.setup()
+
+
+def test_both_encoders_are_read_at_their_revisions(tmp_path, monkeypatch) -> None:
+    asked, tower, texts = [], ImageTower.build, FrozenTexts.build
+
+    def recorded_tower(source, tokens, revision=None):
+        asked.append(revision)
+        return tower(source, tokens)
+
+    def recorded_texts(source, revision=None):
+        asked.append(revision)
+        return texts(source)
+
+    module = method(tmp_path, revision="abc", text_revision="def")
+    monkeypatch.setattr(ImageTower, "build", recorded_tower)
+    monkeypatch.setattr(FrozenTexts, "build", recorded_texts)
+    module.configure_model()
+    assert asked == ["abc", "def"]
 
 
 def test_an_export_is_refused(tmp_path) -> None:

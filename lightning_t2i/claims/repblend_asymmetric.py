@@ -42,7 +42,8 @@ class Asymmetric:
 
 
 def asymmetric(cell: Cell) -> Measured:
-    """Distillation by the whole encoder: late matching losses of both branches, seconds of a step over RepBlend's.
+    """Distillation by the whole encoder: late matching losses of both branches and how far apart they are, seconds of a
+    step, and the parameters that are matched, as a multiple of those of heads alone.
 
     Options: config, world, limits, batch, epoch (batches), epochs, steps, pairs, rates of X and Y, inner_batch, rate.
     """
@@ -84,6 +85,6 @@ def asymmetric(cell: Cell) -> Measured:
         optimizer.step()
     late = torch.tensor(losses[len(losses) // 2 :]).mean(0).tolist()
     seconds = (time.process_time() - began) / options["steps"]
-    ours = cell.measured(options["ours"]).numbers
-    return Measured({"image": late[0], "text": late[1], "seconds": seconds, "excess": late[0] - ours["image"],
-                     "parameters": float(whole.weights.numel() + whole.head.numel)})  # fmt: skip
+    heads = method.student.image.numel + method.student.text.numel
+    return Measured({"image": late[0], "text": late[1], "seconds": seconds, "excess": late[0] - late[1],
+                     "parameters": (whole.weights.numel() + whole.head.numel) / heads})  # fmt: skip

@@ -75,7 +75,8 @@ def _rates(options: Any, factor: float) -> dict[str, Any]:
 def tune(cell: Cell) -> Measured:
     """The best of three factors on the rates of an arm, and before it of its regimes, by validation on one seed.
 
-    Options: config, overrides, rates of X and Y, factors, regimes (lists of [key, value]).
+    Options: config, overrides, rates of X and Y, factors, regimes (lists of [key, value]), regime_of (an arm whose
+    regime is taken).
     """
     options = cell.options
 
@@ -83,14 +84,17 @@ def tune(cell: Cell) -> Measured:
         trajectories = cell.after["experts"].parent / f"seed-{TUNING}-tuning" / RUN / FOLDER
         tried: dict[str, float] = {}
         regimes = [dict(regime) for regime in options["regimes"]] or [{}]
-        if len(regimes) > 1:
+        taken = options.get("regime_of")
+        if len(regimes) > 1 and taken is None:
             for i, regime in enumerate(regimes):
                 name = f"regime-{i}"
                 tried[name] = _set(own, own.folder / name, trajectories, {**regime, **_rates(options, 1.0)})
         chosen = max(range(len(regimes)), key=lambda i: (tried.get(f"regime-{i}", 0.0), -i))
+        if taken is not None:
+            chosen = int(own.measured(taken).numbers["regime"])
         for factor in options["factors"]:
             name = f"factor-{factor:g}"
-            if factor == 1.0 and len(regimes) > 1:
+            if factor == 1.0 and f"regime-{chosen}" in tried:
                 tried[name] = tried[f"regime-{chosen}"]
             else:
                 tried[name] = _set(own, own.folder / name, trajectories, {**regimes[chosen], **_rates(options, factor)})
@@ -157,7 +161,7 @@ def score(
 
 @torch.no_grad()
 def know(cell: Cell) -> Measured:
-    """What students learn of a distilled set: options of (its arm), world, train, val, test, nets, epochs, identity."""
+    """What students learn of a distilled set: options of (its arm), those of `coreset` but its kind, identity."""
     options, run = cell.options, cell.after[cell.options["of"]] / RUN
     method: Any = constructed(run / "config.yaml")
     restore(method, run, best_checkpoint(run))
@@ -181,8 +185,10 @@ def best_checkpoint(run: Path) -> Path:
 
 
 def judged(cell: Cell, method: Any, world: World, pairs: TrainingSet) -> dict[str, float]:
-    """Collapse of a set in the space of the seed's first expert, cr42 against random real pairs."""
-    trajectories = Trajectories(cell.after["experts"] / RUN / FOLDER)
+    """Collapse of a set in the space of an expert of another seed, which no set was matched to; cr42 against random
+    real pairs."""
+    assert cell.options["judge"] == TUNING
+    trajectories = Trajectories(cell.after["experts"].parent / f"seed-{TUNING}-tuning" / RUN / FOLDER)
     weights = trajectories.snapshot(0, trajectories.length - 1)
     drawn = coresets.drawn_pairs(min(500, len(world.train)), len(world.train), Keys(cell.seed).fork("judge"))
     real = method.student.embed(weights, world.train.images[world.train.owner[drawn]], world.train.texts[drawn])
@@ -204,7 +210,11 @@ def elsewhere(cell: Cell, method: Any, pairs: TrainingSet, objective: str) -> fl
 
 @torch.no_grad()
 def coreset(cell: Cell) -> Measured:
-    """Students of real pairs: options config, kind, pairs and those of `know`; by InfoNCE, and by wBCE beside it."""
+    """Students of real pairs, by InfoNCE, and by wBCE beside it.
+
+    Options: config, kind, pairs, world, train, val, test (limits), nets, epochs, judge (seed of the expert in whose
+    space collapse is measured).
+    """
     options = cell.options
     method: Any = constructed(resolve(options["config"]))
     method.configure_model()

@@ -184,5 +184,6 @@ class Encoders:
 
 
 def facts_of(identities: dict[str, str], student: Student) -> dict[str, Any]:
-    """What experts and a synthetic set must share: identities of the encoders, the student."""
-    return {**{name: identities[name] for name in ("image", "text")}, **asdict(student)}
+    """What experts and a synthetic set must share: identities of the encoders, the student's heads and temperature."""
+    heads = {f"{name}_head": asdict(getattr(student, name)) for name in ("image", "text")}
+    return {**{name: identities[name] for name in ("image", "text")}, **heads, "temperature": student.temperature}

@@ -29,6 +29,7 @@ from lightning_t2i.errors import UserError
 from lightning_t2i.keys import Keys
 from lightning_t2i.metrics.collapse import collapse, concentration, gap, intra, stripes, threshold
 from lightning_t2i.metrics.retrieval import RetrievalRecall
+from lightning_t2i.networks.classifier import ClassifierConfig, ShapesClassifier
 from lightning_t2i.networks.frozen_pair import FrozenImages, FrozenTexts, encoded
 from lightning_t2i.networks.nfnet import NFNet
 from lightning_t2i.networks.projection import Head, Student
@@ -718,9 +719,9 @@ def test_it_exports_a_set_that_comes_back_as_it_was(tmp_path):
     assert torch.equal(found.rates, state["rates.eta"])
     assert torch.equal(found.similarity, similarity(tuple(module.learned()[3:]), 3.0, torch.arange(PAIRS)))
     assert found.images.dtype == torch.float32 and len(found.captions[0]) == 3
-    assert (
-        found.facts["image"]["inputs"] == 8 if isinstance(found.facts["image"], dict) else found.facts["alpha"] == 3.0
-    )
+    identities = {name: found.facts[name] for name in ("image", "text")}
+    assert identities == {name: module.frozen_identities[name] for name in identities}
+    assert found.facts["image_head"]["inputs"] == 8 and found.facts["alpha"] == 3.0
     with pytest.raises(UserError, match="synthetic set"):
         SyntheticSet.load(tmp_path)
 
@@ -804,6 +805,11 @@ def test_experts_of_other_encoders_are_refused(tmp_path):
     with pytest.raises(UserError, match="temperature"):
         other = repblend(tmp_path, experts=folder, encoders=encoders(tmp_path, temperature=0.2), max_start=1)
         trained(tmp_path / "b", other, 1)
+    torch.manual_seed(4)
+    ShapesClassifier(ClassifierConfig(widths=(8, 8, 8))).save_pretrained(tmp_path / "alike")  # but other weights
+    with pytest.raises(UserError, match="another 'image'"):
+        other = repblend(tmp_path, experts=folder, encoders=encoders(tmp_path, "alike"), max_start=1)
+        trained(tmp_path / "c", other, 1)
 
 
 def test_a_stream_without_all_captions_and_encoders_that_are_none_are_refused(tmp_path):

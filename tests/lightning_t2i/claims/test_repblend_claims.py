@@ -7,7 +7,7 @@ import json
 import pytest
 
 from lightning_t2i.claims import repblend, repblend_cells
-from lightning_t2i.claims.spec import Cell
+from lightning_t2i.claims.spec import Cell, Measured, Outcome
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +26,33 @@ def test_all_distilled_arms_are_tuned_alike(matrix):
     assert {tuple(o["factors"]) for o in tunings.values()} == {repblend.FACTORS}
     assert len(repblend.FACTORS) == 3 and len(repblend.REGIMES) <= 3
     assert {tuple(o["rates"]) for o in tunings.values()} == {repblend.RATES}
-    assert [name for name, o in tunings.items() if o["regimes"]] == ["repblend"]
+    assert [name for name, o in tunings.items() if o["regimes"]] == ["repblend", "noise"]
+    assert [name for name, o in tunings.items() if "regime_of" in o] == ["noise"]
     steps = {matrix.arm(name).options["overrides"]["trainer.max_steps"] for name in repblend.DISTILLED}
     assert len(steps) == 1
     assert repblend_cells.TUNING not in matrix.seeds
 
 
+def test_noise_is_tuned_in_the_regime_of_blending(tmp_path, monkeypatch):
+    """Only then is its variance that of blending; its rates are its own."""
+    tried = []
+    monkeypatch.setattr(repblend_cells, "_set", lambda cell, folder, experts, given: tried.append(given) or len(tried))
+    other = Outcome(Measured({"regime": 1.0, "factor": 1.0}), 0.0, 1.0)
+    after = {"tune-repblend": tmp_path / "tune-repblend" / "seed-0", "experts": tmp_path / "experts" / "seed-0"}
+    after["tune-repblend"].mkdir(parents=True)
+    other.save(after["tune-repblend"])
+    options = {"rates": [0.1, 0.2], "factors": [0.3, 1.0], "regimes": [[], [["each", True]]]}
+    (tmp_path / "noise").mkdir()
+    cell = Cell(0, tmp_path / "noise" / "seed-0", {**options, "regime_of": "tune-repblend"}, after)
+    found = repblend_cells.tune(cell).numbers
+    assert found["regime"] == 1 and found["factor"] == 1.0
+    assert [given["each"] for given in tried] == [True, True]
+    assert [given["model.images.optimizer.lr"] for given in tried] == pytest.approx([0.03, 0.1])
+
+
 def test_every_coreset_has_the_students_of_the_sets(matrix):
     measured = [matrix.arm(name).options for name in (*repblend.CORESETS, "know-repblend", "know-identity")]
-    for key in ("nets", "epochs", "train", "val", "test", "world"):
+    for key in ("nets", "epochs", "train", "val", "test", "world", "judge"):
         assert len({options[key] for options in measured}) == 1, key
     assert measured[0]["nets"] == 5
 

@@ -15,7 +15,7 @@ Deviations: the null condition replaces captions per sample by keyed draws; nois
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -65,6 +65,7 @@ class Diffusion(MethodModule):
         embedded_guidance: what a guidance-distilled network (FLUX.1-dev) is told; other networks ignore it.
         size: side of sampled pictures in pixels; null is the size that the network was made for.
         denoiser, text_encoder: how the weights are updated.
+        uncertainty: how the log variances of that weighting are; they have units to go, so null is Adam at .02.
         common: options of the engine.
     """
 
@@ -92,6 +93,7 @@ class Diffusion(MethodModule):
         size: int | None = None,
         denoiser: GroupOptions | None = None,
         text_encoder: GroupOptions | None = None,
+        uncertainty: GroupOptions | None = None,
         common: MethodOptions | None = None,
     ):
         super().__init__(common)
@@ -106,6 +108,7 @@ class Diffusion(MethodModule):
         self.guidance, self.steps, self.solver = guidance, steps, solver
         self.embedded_guidance, self.size = embedded_guidance, size
         self.options, self.text_options = denoiser or GroupOptions(), text_encoder or GroupOptions()
+        self.variance_options = uncertainty or GroupOptions(partial(torch.optim.Adam, lr=0.02))
 
     def configure_model(self) -> None:
         if self.network.endswith(".json"):
@@ -130,7 +133,7 @@ class Diffusion(MethodModule):
         self.add_frozen("codec", codec, folder_identity(resolve(self.codec_source or "pixels"), self.revision))
         self.add_group("denoiser", denoiser, self.options)
         if self.weighting == "uncertainty":
-            self.add_group("uncertainty", Uncertainty(self.intervals), replace(self.options, ema=None))
+            self.add_group("uncertainty", Uncertainty(self.intervals), self.variance_options)
         if text is not None and self.train_text:
             self.add_group("text", text, self.text_options)
         elif text is not None:

@@ -22,8 +22,9 @@ from lightning_t2i.held_out import Data, HeldOut
 from lightning_t2i.keys import Keys
 from lightning_t2i.merge_search import search
 from lightning_t2i.paths import resolve
+from lightning_t2i.token_orders import permutations
 
-FLIPS = 4  # random signs of the deltas that a control is the mean of
+FLIPS = 4  # choices of flipped signs of the deltas that a control is the mean of
 
 
 def experts_of(run: Path) -> DeMe:
@@ -94,7 +95,8 @@ def losses(cell: Cell) -> Measured:
         w = chosen(cell, options["weights"])
         numbers["loss"] = float(on(method.plain(w)).mean())
         numbers["flipped"] = float(np.mean([on(method.plain(signed(w, i))).mean() for i in range(FLIPS)]))
-        numbers |= {f"loss_gain_over_{name}": numbers[name] - numbers["loss"] for name in ("base", "flipped")}
+        others = ("base", "uniform", "flipped")
+        numbers |= {f"loss_gain_over_{name}": numbers[name] - numbers["loss"] for name in others}
     if "joint" in options:
         joint = joint_of(cell.after[options["joint"]] / RUN)
         numbers["joint"] = float(on(joint.generator_of("denoiser")).mean())
@@ -103,9 +105,11 @@ def losses(cell: Cell) -> Measured:
 
 
 def signed(weights: Sequence[float], number: int) -> list[float]:
-    """Weights with keyed random signs."""
-    signs = Keys(number).fork("signs").bernoulli("sign", torch.arange(len(weights)), 0.5).tolist()
-    return [w if sign else -w for w, sign in zip(weights, signs, strict=True)]
+    """Weights of which some, by a keyed choice, have the other sign: other ones for each number below 2^N - 1."""
+    kinds = 2 ** len(weights) - 1
+    order = permutations(Keys(0), "signs", torch.zeros(1, dtype=torch.int64), kinds)[0]
+    flips = 1 + int(order[number % kinds])  # its bits; 0, which would flip none, is left out
+    return [-w if flips >> i & 1 else w for i, w in enumerate(weights)]
 
 
 class Subject:

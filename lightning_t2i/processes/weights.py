@@ -38,13 +38,20 @@ def loss_weight(kind: str, snr: Tensor, prediction: str, gamma: float = 5.0) -> 
         return snr.new_ones(snr.shape)
     if prediction not in UNITS:
         raise UserError(f"{kind} weights eps, v and x0 losses", where="model.weighting", given=prediction)
-    weight = {
-        "min_snr": lambda: snr.clamp(max=gamma) / snr,
-        "truncated_snr": lambda: (1 / snr).clamp(min=1),
-        "snr_plus_one": lambda: 1 + 1 / snr,
-        "p2": lambda: 1 / (1 + snr),
+    if prediction == "eps":
+        return {
+            "min_snr": lambda: (gamma / snr).clamp(max=1),
+            "truncated_snr": lambda: (1 / snr).clamp(min=1),
+            "snr_plus_one": lambda: 1 + 1 / snr,
+            "p2": lambda: 1 / (1 + snr),
+        }[kind]()
+    weight = {  # of x0's error; written out, since 1 / snr is infinite where nothing but noise is left
+        "min_snr": lambda: snr.clamp(max=gamma),
+        "truncated_snr": lambda: snr.clamp(min=1),
+        "snr_plus_one": lambda: 1 + snr,
+        "p2": lambda: snr / (1 + snr),
     }[kind]()
-    return {"x0": lambda: weight * snr, "eps": lambda: weight, "v": lambda: weight * (snr / (snr + 1))}[prediction]()
+    return weight if prediction == "x0" else weight / (1 + snr)
 
 
 class Uncertainty(nn.Module):

@@ -1,6 +1,7 @@
 """Diffusion: its losses against hand computations, what each option changes, adapters, text, export."""
 
 import json
+from functools import partial
 
 import lightning as L
 import pytest
@@ -94,13 +95,23 @@ def test_weights_of_the_eps_loss_at_known_ratios():
         "p2": [2 / 3, 0.5, 1 / 11],
     }
     for kind, values in known.items():
-        torch.testing.assert_close(loss_weight(kind, snr, "eps"), torch.tensor(values))
+        weight = torch.tensor(values)
+        torch.testing.assert_close(loss_weight(kind, snr, "eps"), weight)
+        for prediction, factor in (("x0", snr), ("v", snr / (1 + snr))):
+            torch.testing.assert_close(loss_weight(kind, snr, prediction), weight * factor)
+
+
+def test_weights_where_nothing_but_noise_is_left():
+    """A zero terminal SNR: v and x0 are defined there, and so are their weights."""
+    known = {"min_snr": [0.0, 0.0], "truncated_snr": [1.0, 1.0], "snr_plus_one": [1.0, 1.0], "p2": [0.0, 0.0]}
+    for kind, values in known.items():
+        assert [float(loss_weight(kind, torch.zeros(1), name)) for name in ("v", "x0")] == values
 
 
 def test_learned_variances_end_at_the_losses_of_their_intervals(folder, tmp_path):
     """exp(-s) L + s is least at s = log L: where the network stays as it is, s_j goes to log L_j."""
-    still = GroupOptions(lambda p: torch.optim.SGD(p, lr=0.0 if p[0].dim() > 1 else 0.5), clip=None)
-    module = Diffusion(str(folder), weighting="uncertainty", intervals=2, denoiser=still)
+    still, moving = (GroupOptions(partial(torch.optim.SGD, lr=lr), clip=None) for lr in (0.0, 0.5))
+    module = Diffusion(str(folder), weighting="uncertainty", intervals=2, denoiser=still, uncertainty=moving)
     fit(tmp_path, module, 60, Pictures(batch_size=16))
     with torch.no_grad():
         cond, batch = module.condition(records(0, 64)), records(0, 64)
@@ -108,6 +119,13 @@ def test_learned_variances_end_at_the_losses_of_their_intervals(folder, tmp_path
         for j, s in enumerate(module.uncertainty.log_variance.tolist()):
             module.law = Uniform(low=500 * j, high=500 * (j + 1))
             assert s == pytest.approx(float(module.loss(batch, module.denoiser, cond, Keys(5)).log()), abs=0.1)
+
+
+def test_learned_variances_have_a_rate_of_their_own(folder, tmp_path):
+    """With that of a fine-tuned network they would stay at 0, and the weighting would be none."""
+    module = Diffusion(str(folder), weighting="uncertainty", denoiser=GroupOptions(partial(torch.optim.SGD, lr=0.0)))
+    fit(tmp_path, module, 5, Pictures(batch_size=4))
+    assert float(module.uncertainty.log_variance.detach().abs().max()) > 0.01
 
 
 @pytest.mark.parametrize(

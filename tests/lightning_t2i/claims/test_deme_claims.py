@@ -83,7 +83,8 @@ def test_weights_are_chosen_on_validation_pictures(finished, tmp_path) -> None:
 def test_losses_of_every_network(finished, tmp_path) -> None:
     options = {"of": "ours", "n": 4, "weights": "w", "joint": "joint"}
     found = cells.losses(Cell(3, tmp_path, options, finished)).numbers
-    assert found["loss_gain_over_joint"] == pytest.approx(found["joint"] - found["loss"])
+    for other in ("joint", "uniform", "flipped", "base"):
+        assert found[f"loss_gain_over_{other}"] == pytest.approx(found[other] - found["loss"])
     assert found["least_gain"] == min(found["gain_0"], found["gain_1"])
     assert found["drift"] > 0 and np.isfinite(list(found.values())).all()
     method = cells.experts_of(finished["ours"] / RUN)
@@ -118,6 +119,7 @@ def test_gradients_over_times(tmp_path, finished, monkeypatch) -> None:
 
 
 def test_signs_are_flipped_and_weights_kept() -> None:
-    flipped = [cells.signed([0.1, 0.2, 0.3], i) for i in range(8)]
-    assert all(np.abs(w).tolist() == [0.1, 0.2, 0.3] for w in flipped)
-    assert len({tuple(w) for w in flipped}) > 2
+    weights = [0.1, 0.2, 0.3]
+    flipped = [cells.signed(weights, i) for i in range(7)]
+    assert all(np.abs(w).tolist() == weights for w in flipped)
+    assert len({tuple(w) for w in flipped}) == 7 and weights not in flipped

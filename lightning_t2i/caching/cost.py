@@ -45,7 +45,8 @@ class Cost:
     """Costs of one picture.
 
     fixed: MACs of a step outside of all components; weights: int64 [G], MACs of each component; attention: int64 [G],
-    the part of `weights` that lies within attention; elements: int64 [G], numbers that a kept output has.
+    the part of `weights` that lies within attention; elements: int64 [G], numbers that a kept output has, of `itemsize`
+    bytes each.
     """
 
     layout: Layout
@@ -53,10 +54,11 @@ class Cost:
     weights: np.ndarray
     attention: np.ndarray
     elements: np.ndarray
+    itemsize: int = 4
 
     @classmethod
     def of(cls, backbone: nn.Module, shape: tuple[int, ...], tokens: int, rows: int = 2) -> Cost:
-        """Counts a transformer, of which only class and config are used.
+        """Counts a transformer, of which only class, config and precision are used.
 
         Args:
             shape: (C, h, w) of a latent.
@@ -92,7 +94,9 @@ class Cost:
             adapter_for(network)(network, x, t, cond)
         table = np.array([counts[name] for name in layout.components], np.int64) // 2
         elements = np.array([sizes[name] for name in layout.components], np.int64)
-        return cls(layout, operations.total // 2 - int(table[:, 0].sum()), table[:, 0], table[:, 1], elements)
+        itemsize = next(p.element_size() for p in backbone.parameters() if p.is_floating_point())
+        fixed = operations.total // 2 - int(table[:, 0].sum())
+        return cls(layout, fixed, table[:, 0], table[:, 1], elements, itemsize)
 
     def priced(self, sdpa: bool) -> np.ndarray:
         """int64 [G]: MACs of each component, with the products within attention or without."""
@@ -106,6 +110,6 @@ class Cost:
         """MACs of a picture without a cache."""
         return steps * (self.fixed + int(self.priced(sdpa).sum()))
 
-    def slot_bytes(self, schedule: Schedule, bytes_per_element: int = 4) -> int:
+    def slot_bytes(self, schedule: Schedule) -> int:
         """Largest number of bytes that a picture's kept values take between two steps."""
-        return int((schedule.plan.keep @ self.elements).max()) * bytes_per_element
+        return int((schedule.plan.keep @ self.elements).max()) * self.itemsize

@@ -34,11 +34,19 @@ Times = Callable[[], Tensor]
 
 
 class Slots:
-    """What is kept in one cache context: the step it stands at, and the value of each column."""
+    """What is kept in one cache context: the step it stands at, its calls, and the value of each column.
+
+    `several` says whether a step was called more than once, as by Heun's method.
+    """
 
     def __init__(self) -> None:
-        self.step = -1
+        self.step, self.calls, self.several = -1, 0, False
         self.values: dict[int, Any] = {}
+
+    def leave(self, plan: Plan | None) -> None:
+        """Drops what no step after this one reads."""
+        if plan is not None and self.step >= 0:
+            self.values = {column: value for column, value in self.values.items() if plan.keep[self.step, column]}
 
     @property
     def bytes(self) -> int:
@@ -140,10 +148,21 @@ class Executor:
             raise UserError(what, where="schedule", given=f"{float(time.flatten()[0]):g}", fix="use the sampler's grid")
         self.slots = self.contexts.setdefault(context, Slots())
         if step < self.slots.step or step == 0:
-            self.slots.values.clear()  # a new sampling
+            self.slots.values, self.slots.several = {}, False  # a new sampling
         if step != self.slots.step:
+            for slots in self.contexts.values():
+                if slots.step != step:
+                    slots.leave(self.plan)
             self.peak = max(self.peak, sum(slots.bytes for slots in self.contexts.values()))
-        self.slots.step = step
+            self.slots.calls = 0
+        self.slots.step, self.slots.calls = step, self.slots.calls + 1
+        self.slots.several |= self.slots.calls > 1
+
+    @property
+    def frees(self) -> bool:
+        """Whether nothing comes after this call: a solver that calls once in a step is in its last one."""
+        assert self.plan is not None
+        return self.slots.step == len(self.plan.keep) - 1 and not self.slots.several
 
     def output(self, column: int, call: Callable[[], Any], blank: Callable[[], Any]) -> Any:
         """What a component gives in this step: `call` computes it, `blank` stands for what nothing reads."""
@@ -152,8 +171,6 @@ class Executor:
         step, values = self.slots.step, self.slots.values
         computes, keeps = self.plan.live[step, column], self.plan.keep[step, column]
         if not computes and not self.plan.used[step, column]:
-            if not keeps:
-                values.pop(column, None)
             return blank()
         if not computes and column not in values:
             log.warning("step %d: nothing is kept of %s, so it is computed", step, self.layout.components[column])
@@ -161,7 +178,7 @@ class Executor:
         found = call() if computes else values[column]
         if keeps:
             values[column] = found
-        else:
+        elif self.frees:
             values.pop(column, None)
         return found
 
@@ -230,10 +247,10 @@ class _Block(ModelHook):
         output, found = program(self.kind, tuple(mask), compiled)(tuple(mask), module, slots, *inputs)
         if plan is not None:
             for column, value in zip(columns, found, strict=True):
-                if not plan.keep[step, column]:
-                    values.pop(column, None)
-                elif value is not None:
+                if value is not None and plan.keep[step, column]:
                     values[column] = value
+                elif executor.frees:
+                    values.pop(column, None)
         return output
 
 

@@ -44,9 +44,9 @@ def matrix(quick: bool = False) -> Matrix:
         facts = {"config": f"configs/{config}.yaml", "overrides": given, **options}
         return Arm(name, cell, facts, steps, "training step", unit_s, after)
 
-    def merged(name: str, config: str, step_s: float) -> tuple[Arm, Arm, Arm]:
+    def merged(name: str, config: str, step_s: float, blocks: str) -> tuple[Arm, Arm, Arm]:
         changed = {"model.steps_per_range": deme // 4, "merge.enabled": False, "data.main.batch_size": 32,
-                   "checkpoints.every": 40, "model.projection": {"blocks": "foldable"}}  # fmt: skip
+                   "checkpoints.every": 40, "model.projection": {"blocks": blocks}}  # fmt: skip
         limit = 4 if quick else 25
         choice = {"of": f"{name}-experts", "search": "gradient", "n": 100, "limit": limit}
         return (
@@ -87,9 +87,10 @@ def matrix(quick: bool = False) -> Matrix:
     flux_pairs = {"config": "configs/pairs/instaflow_flux.yaml", "teacher": FLUX, "n": pairs, "guidance": 3.0,
                   "solver": "euler"}  # fmt: skip
     first, length = (24, 3) if quick else (606, 120)
-    retrieved = {"data.main.limit": cells.TRAIN, "data.val.limit": 300, "model.common.validate_first": False}
-    experts = {**quiet, "data.main.limit": cells.TRAIN, "data.val.limit": 300, "trainer.val_check_interval": first,
-               "checkpoints.every": first, "model.batch_size": 128}  # fmt: skip
+    scenes = 200 if quick else cells.TRAIN
+    retrieved = {"data.main.limit": scenes, "data.val.limit": 300, "model.common.validate_first": False}
+    experts = {**quiet, "data.main.limit": scenes, "data.val.limit": 300, "trainer.val_check_interval": first,
+               "checkpoints.every": first, "model.batch_size": 64 if quick else 128}  # fmt: skip
     distilled = {**still, **retrieved, "trainer.max_steps": length, "trainer.val_check_interval": length,
                  "trainer.limit_val_batches": 1.0, "checkpoints.every": length, "checkpoints.keep": 5,
                  "model.protocol.nets": 2, "model.protocol.epochs": 5 if quick else 50,
@@ -106,10 +107,10 @@ def matrix(quick: bool = False) -> Matrix:
     }
     seen = 100 if quick else 400
     arms = (
-        *merged("sd", "deme/tiny", 0.22),
+        *merged("sd", "deme/tiny", 0.22, "foldable"),
         *students("sd-merged", "merged"),
         *students(SD, "plain"),
-        *merged("pixart", "deme/tiny_pixart", 0.3),
+        *merged("pixart", "deme/tiny_pixart", 0.3, "none"),  # none of a transformer's can be folded
         *searched("merged", "combinations/ecad_of_merged", "pixart-merged"),
         *searched("pixart", "combinations/ecad_of_merged", PIXART),
         Arm("pairs-flux", instaflow_cells.make_pairs, flux_pairs, pairs, "pair", 0.2),

@@ -299,6 +299,23 @@ def test_P10_rows_follow_times_not_calls() -> None:
     assert torch.equal(full, run(network, solver="heun"))
 
 
+@pytest.mark.parametrize("kind", ["hooks", "static"])
+def test_P10_both_calls_of_a_step_find_what_is_kept(kind: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Also in the last step that reads a value: what the second call needs is not computed anew."""
+    network = denoiser("flux")
+    layout = Layout.of(network.backbone)
+    rows = np.ones((STEPS, layout.width), bool)
+    rows[[1, 3, 4]] = False
+    called: list[int] = []
+    with Executor(network.backbone, times(network), kind).use(Schedule(rows, layout)) as executor:
+        module = dict(network.backbone.named_modules())[layout.components[0]]
+        hook = module.register_forward_pre_hook(lambda *unused: called.append(executor.slots.step))
+        run(network, solver="heun")
+        hook.remove()
+    assert "nothing is kept" not in caplog.text
+    assert called == ([0, 2, 2] if kind == "static" else [0, 1, 1, 2, 2, 3, 3, 4, 4])  # hooks stand behind the call
+
+
 def test_P11_dead_computations_are_left_out_and_change_nothing() -> None:
     network = denoiser("flux")
     layout, cost = Layout.of(network.backbone), cost_of(network)
@@ -479,6 +496,9 @@ def test_P19_slots_take_what_is_said(family: str, kind: Any) -> None:
             run(network, batch=2)
             assert executor.peak == 2 * cost.slot_bytes(schedule) > 0
             assert executor.slots.values == {}  # nothing is kept after the last step
+    single = cost_of(network).slot_bytes(schedule)
+    network.backbone.to(torch.bfloat16)
+    assert 2 * cost_of(network).slot_bytes(schedule) == single
 
 
 # ---- costs of the large networks -----------------------------------------------------------------------------------

@@ -14,6 +14,9 @@ from datamodules.records import Shards
 from lightning_t2i.claims import combination_cells as cells
 from lightning_t2i.claims import hashes
 from lightning_t2i.claims.spec import Cell, load
+from lightning_t2i.cli.configs import merge
+from lightning_t2i.networks.load import load_backbone
+from lightning_t2i.networks.projections import add_projections, projected
 from lightning_t2i.paths import ROOT
 
 
@@ -40,6 +43,23 @@ def test_with_and_without_the_first_method_all_else_is_equal() -> None:
     ):
         a, b = (dict(matrix.arm(name).options) for name in (ours, other))
         assert {key for key in a if a[key] != b[key]} == differs and a.keys() == b.keys()
+
+
+@pytest.mark.parametrize("base", ["sd", "pixart"])
+def test_a_merge_has_projections_that_its_base_can_fold(base: str) -> None:
+    """Those of a transformer cannot be; a stock pipeline comes out all the same."""
+    found = load("combinations", quick=True).arm(f"{base}-experts").options["overrides"]["model.projection"]
+    backbone = load_backbone(f"assets/tiny/{base}")
+    add_projections(backbone, found["blocks"])
+    assert (found["blocks"] == "foldable") == (base == "sd") == bool(projected(backbone))
+
+
+def test_a_rehearsal_has_experts_of_as_many_epochs_as_it_asks_for() -> None:
+    options = load("combinations", quick=True).arm("experts").options["overrides"]
+    epochs = options["trainer.max_steps"] // -(-options["data.main.limit"] // options["model.batch_size"])
+    distilled = load("combinations", quick=True).arm("distilled").options["overrides"]
+    merged = merge([ROOT / "configs/repblend/tiny.yaml"]).config["model"]["init_args"]
+    assert epochs >= distilled["model.max_start"] - 1 + merged["expert_epochs"]
 
 
 def test_each_combination_has_a_config_that_says_how_to_make_what_it_needs() -> None:

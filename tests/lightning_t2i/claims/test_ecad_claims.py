@@ -17,7 +17,7 @@ def cell(folder: Path, options: dict, **measured: dict[str, float]) -> Cell:
     after = {}
     for arm, numbers in measured.items():
         after[arm] = folder / arm
-        after[arm].mkdir()
+        after[arm].mkdir(parents=True)
         Outcome(Measured(numbers), 0.0, 1.0).save(after[arm])
     return Cell(0, folder, options, after)
 
@@ -40,11 +40,14 @@ def test_a_margin_counts_standard_errors() -> None:
     assert ecad_cells.margin(ours, ours) == 0.0
 
 
-def test_thirds_are_in_units_of_the_gain(tmp_path: Path) -> None:
+def test_thirds_are_held_against_a_tenth_of_the_gain(tmp_path: Path) -> None:
     full, small = {"hv@1": 0.2, "hv@4": 0.5, "hv@12": 0.7}, {"hv@12": 0.45}
     options = {"full": "full", "small": "small", "early": 4, "late": 12}
     found = ecad_cells.halved(cell(tmp_path, options, full=full, small=small))
-    assert found.numbers["difference"] == pytest.approx(-0.1)
+    assert found.numbers == pytest.approx({"difference": -0.05, "above": 0.0, "below": 0.1})
+    full["hv@12"] = 0.1  # a search that has lost: finite, and no reason to call thirds alike
+    lost = ecad_cells.halved(cell(tmp_path / "lost", options, full=full, small=small)).numbers
+    assert lost == pytest.approx({"difference": -0.05, "above": -0.06, "below": 0.04})
 
 
 def test_gain_is_last_minus_first(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def config(tmp_path_factory):
         "model": {"init_args": model},
         "data": {"init_args": {"main": few, "val": few, "test": few}},
         "trainer": {"max_steps": 2, "limit_val_batches": 1, "enable_progress_bar": False},
-        "merge": {"enabled": False, "n": 4, "limit": 2},
+        "merge": {"enabled": False, "n": 4, "limit": 2, "weights": [0.1, 0.2]},
         "samples": {"enabled": False},
         "tracking": {"wandb": "off"},
     }
@@ -46,7 +46,8 @@ def test_a_run_is_merged_into_a_stock_folder_with_a_card(config, tmp_path, monke
     assert main(["merge", str(out), "--run", "mine", "--weights", "0.5,2"]) == 2
     assert "folder exists" in capsys.readouterr().err
     assert main(["merge", str(tmp_path / "searched"), "--run", "mine", "--merge.search", "quadratic"]) == 0
-    assert json.loads((tmp_path / "searched/merge.json").read_text())["search"] == "quadratic"
+    searched = json.loads((tmp_path / "searched/merge.json").read_text())
+    assert searched["search"] == "quadratic" and searched["weights"] != [0.1, 0.2]
     next((tmp_path / "runs/mine/deltas").glob("*.safetensors")).unlink()
     assert main(["merge", str(tmp_path / "none"), "--run", "mine", "--weights", "uniform"]) == 2
     assert "Deltas are missing" in capsys.readouterr().err

@@ -25,8 +25,12 @@ from lightning_t2i.options import GroupOptions, MethodOptions
 
 
 def info_nce(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
-    """InfoNCE in both directions of unit vectors, [B, D] twice, and a scalar scale of the logits: a scalar."""
-    logits = scale * images @ texts.T
+    """InfoNCE in both directions of unit vectors, [B, D] twice, and a scalar scale of the logits: a scalar.
+
+    In float32 (float64 of float64): in bfloat16 cosines that differ would be equal.
+    """
+    kind = torch.promote_types(images.dtype, torch.float32)
+    logits = scale * images.to(kind) @ texts.to(kind).T
     own = torch.arange(len(logits), device=logits.device)
     return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
 

@@ -29,6 +29,7 @@ position tables, guidance linear in the share of known tokens, the width of the 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -55,6 +56,7 @@ from lightning_t2i.token_pipeline import TokenPipeline, load_transformer
 from lightning_t2i.token_sampling import Sampling
 
 TIMED = ("diffusion", "flow")  # heads that see noised tokens
+VALIDATION_STRATA = 64  # of masks: the same for all sizes, whose batches differ
 BINS = 10
 
 
@@ -202,7 +204,8 @@ class Fluid(MethodModule):
         Args:
             copies: m.
             drop: bool [B], pictures whose caption becomes the null token.
-            stratified: the m times of a token lie in m equal parts of their law.
+            stratified: as in validation: the m times of a token lie in m equal parts of their law, and masks do not
+                depend on the strata of training.
 
         Returns:
             The terms [M, m]; weights [M], 0 for rows that fill up; masked tokens bool [B, L]; and for each row its
@@ -211,9 +214,11 @@ class Fluid(MethodModule):
         x, positions = TokenPipeline(network, self.codec, self.text, self.sampling).tokens(records), records.position
         batch, length = x.shape[:2]
         masked = torch.ones(batch, length, dtype=torch.bool, device=x.device)
+        count = masked.numel()  # a batch of validation may begin within a stratum
         if self.order == "random":
-            masked = self.mask.masks(keys, positions, length)
-        rows, weight = masked_rows(~masked, self.mask.rows(batch, length) if self.order == "random" else masked.numel())
+            law = replace(self.mask, strata=VALIDATION_STRATA) if stratified else self.mask
+            masked, count = law.masks(keys, positions, length), count if stratified else law.rows(batch, length)
+        rows, weight = masked_rows(~masked, count)
         cond = self.condition(records)
         text = network.align(cond.embeds, cond.mask, drop)
         z = network(x, text, ~masked if self.order == "random" else None)

@@ -17,7 +17,8 @@ lightning_t2i/cached_features.py. Logged as towers/...: loss, accuracy (how ofte
 scale, own (mean sI of pairs) and other (of the rest). Validation: recalls both ways over all captions of a picture.
 
 Deviations: pads are left out of the max where the published weights were trained with zero vectors (`pad`); one
-scale, no label smoothing; all tokens take part (`top_image`, `top_text` keep those that match others best, FILIP 3.2).
+scale, no label smoothing; all tokens take part (`top_image`, `top_text` keep those that match others best, FILIP 3.2);
+tables of positions decay as matrices do.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from lightning_t2i.lamb import MatrixDecayAdamW
 from lightning_t2i.method import MethodModule
 from lightning_t2i.metrics.retrieval import RetrievalRecall
 from lightning_t2i.networks.chinese_tokenizer import VOCABULARY, ChineseTokenizer
-from lightning_t2i.networks.dual_encoder import DualEncoder, Features, initialise_text
+from lightning_t2i.networks.dual_encoder import DualEncoder, Features, initialise_image, initialise_text
 from lightning_t2i.networks.image_tower import ImageTower
 from lightning_t2i.networks.load import build_network, locate
 from lightning_t2i.options import GroupOptions, MethodOptions
@@ -81,6 +82,7 @@ class Wukong(MethodModule):
         scale: initial a.
         bias: initial b of the sigmoid loss.
         lock_projection: keep the image tower's own projection as it is.
+        merge_queries: equal captions are one query in validation, which any of its pictures answers (MUGE's rule).
         keep_vectors: remember a locked tower's outputs by sample, for small data without augmentation.
         tower: how the image tower's weights are updated once they are; null locks it for good.
         towers: how all other weights are updated.
@@ -104,6 +106,7 @@ class Wukong(MethodModule):
         scale: float = 1 / 0.07,
         bias: float = -10.0,
         lock_projection: bool = False,
+        merge_queries: bool = False,
         keep_vectors: bool = False,
         tower: GroupOptions | None = None,
         towers: GroupOptions | None = None,
@@ -128,7 +131,7 @@ class Wukong(MethodModule):
         self.style, self.width, self.reduced = style, width, reduced if style == "r" else None
         self.objective, self.pad, self.top_image, self.top_text = objective, pad, top_image, top_text
         self.smoothing, self.scale, self.lock_projection = smoothing, scale, lock_projection
-        self.bias = bias if objective == "sigmoid" else None
+        self.bias, self.merge_queries = bias if objective == "sigmoid" else None, merge_queries
         self.tower, self.options = tower, towers or paper_update()
         self.kept: dict[int, Tensor] | None = {} if keep_vectors else None
         self.cached = CachedFeatures(self, self.encode, self.loss)
@@ -137,6 +140,8 @@ class Wukong(MethodModule):
     def configure_model(self) -> None:
         tokens = self.style != "g"
         image = ImageTower.build(self.image_source, tokens, self.revision)
+        if self.image_source.endswith(".json") and image.is_vit:
+            initialise_image(image.backbone)
         towers = self.built(image, tokens)
         text = towers.text.config
         ids = text.vocab_size, text.eos_token_id
@@ -167,6 +172,8 @@ class Wukong(MethodModule):
             what, given = "The trained dual encoder is another one", {name: wanted[name] for name in wrong}
             raise UserError(what, where="model.text", given=given, allowed=str({name: found[name] for name in wrong}))
         towers.image_projection.requires_grad_(not self.lock_projection)
+        if (towers.bias is None) != (self.bias is None):  # it belongs to this objective, not to the one before
+            towers.bias = None if self.bias is None else torch.nn.Parameter(torch.tensor([self.bias]))
         return towers
 
     def configure_optimizers(self) -> list[Any]:
@@ -250,8 +257,9 @@ class Wukong(MethodModule):
         main = batch["main"]
         captions = main.captions or [[text] for text in main.caption]
         owners = main.id.repeat_interleave(torch.tensor([len(texts) for texts in captions], device=main.id.device))
-        texts = self.encode_text([text for own in captions for text in own])
-        self.recall.add(self.encode_image(main.image), main.id, texts, owners)
+        words = [text for own in captions for text in own]
+        found = self.encode_image(main.image), main.id, self.encode_text(words), owners
+        self.recall.add(*found, words if self.merge_queries else None)
 
     def on_validation_epoch_end(self) -> None:
         stage = "test" if self.trainer.testing else "val"

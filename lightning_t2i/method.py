@@ -163,12 +163,19 @@ class MethodModule(Saved):
     def gathered(self, rows: Tensor, gradients: bool = False) -> Tensor:
         """The rows of all processes in the order of their ranks: [B, ...] -> [W B, ...].
 
+        In a training step every process has as many; the shares of a last batch of validation may differ.
+
         Args:
             gradients: let gradients flow back to the process that a row came from.
         """
         if self._trainer is None or self.trainer.world_size == 1:
             return rows
-        return self.all_gather(rows, sync_grads=gradients).flatten(0, 1)
+        if self.trainer.training:
+            return self.all_gather(rows, sync_grads=gradients).flatten(0, 1)
+        counts = self.all_gather(torch.tensor(len(rows), device=rows.device)).tolist()
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        return torch.cat([own[:count] for own, count in zip(self.all_gather(padded), counts, strict=True)])
 
     @property
     def logs_now(self) -> bool:

@@ -92,15 +92,15 @@ def students(
 
 
 def recall_of(features: PairFeatures) -> RetrievalRecall:
-    """Pictures and captions to be searched."""
-    recall = RetrievalRecall()
+    """Pictures and captions to be searched, which every process has."""
+    recall = RetrievalRecall(whole=True)
     recall.add(features.images, torch.arange(len(features.images)), features.texts, features.owner)
     return recall
 
 
 def retrieve(recall: RetrievalRecall, student: Student, weights: Branches) -> dict[str, float]:
     """Recalls of one student, with weights [n]: those of `RetrievalRecall.compute`."""
-    on_cpu, embedded = (weights[0].cpu(), weights[1].cpu()), RetrievalRecall()
+    on_cpu, embedded = (weights[0].cpu(), weights[1].cpu()), RetrievalRecall(recall.whole)
     for images, ids, texts, owners in recall.parts:  # each vector once, not once for every block of the search
         x, y = student.embed(on_cpu, images, texts)
         embedded.add(x, ids, y, owners)

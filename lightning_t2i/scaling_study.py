@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from lightning_t2i.cli.runs import runs_root
 from lightning_t2i.errors import UserError
@@ -84,18 +85,30 @@ def losses_of(run: Path) -> dict[int, float]:
     return {line["step"]: line[name] for name in LOSSES for line in lines if name in line}
 
 
+def source_of(run: Path) -> Any:
+    """The data set that a run was trained on, as its config names it."""
+    data = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]
+    return data.get("init_args", {}).get("main", {}).get("init_args", {}).get("source")
+
+
 def points_of(
-    run: Path, split: str, n: int, seed: int, metrics: Sequence[str], sampling: Mapping[str, Any]
+    run: Path, split: str, n: int, seed: int, metrics: Sequence[str], sampling: Mapping[str, Any], name: str = ""
 ) -> list[Point]:
     """The checkpoints of a run at which it was validated.
 
+    Args:
+        name: of the run in the study; its folder's unless told.
+
     Raises:
-        UserError: there is none, or the run is of another method.
+        UserError: there is none, the run is of another method, or of data that are not scored.
     """
     from lightning_modules.fluid import Fluid
     from lightning_t2i.claims.training import measure
     from lightning_t2i.cli.restore import constructed, restore
 
+    if metrics and (source := source_of(run)) != "shapes":
+        fix = "--metrics with no name after it, for losses alone"
+        raise UserError("Pictures are scored on the shapes world alone", where=str(run), given=source, fix=fix)
     losses, found = losses_of(run), []
     for checkpoint in complete_checkpoints(run / "checkpoints"):
         step = int(checkpoint.name.split("-")[1])
@@ -108,7 +121,7 @@ def points_of(
         size = sum(p.numel() for p in method.transformer.parameters())
         measured = measure(method, split, n, seed, metrics, **sampling) if metrics else None
         scores = {m: measured.of(m) for m in metrics} if measured else {}
-        found.append(Point(run.name, f"{method.order} {method.head}", size, step, losses[step], scores))
+        found.append(Point(name or run.name, f"{method.order} {method.head}", size, step, losses[step], scores))
     if not found:
         what, fix = "No checkpoint was validated", "trainer.val_check_interval: that of checkpoints.every"
         raise UserError(what, where=str(run), given=f"losses at steps {sorted(losses)}", fix=fix)
@@ -206,17 +219,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--guidance", type=float, help="default: that of each run")
     given = parser.parse_args(arguments)
     try:
+        if given.report and not (given.out / FILE).is_file():
+            raise UserError("There is no study here", where=str(given.out), fix="name its runs first")
         if given.report:
             points = [Point(**p) for p in json.loads((given.out / FILE).read_text(encoding="utf-8"))["points"]]
         elif not given.runs:
             raise UserError("No run was named", fix="python -m lightning_t2i.scaling_study OUT RUN [RUN ...]")
         else:
             places = [Path(r) if Path(r).is_dir() else runs_root() / r for r in given.runs]
+            short = len({place.name for place in places}) == len(places)
             sampling = {} if given.guidance is None else {"guidance": given.guidance}
-            points = [
-                point for run in places
-                for point in points_of(run, given.split, given.n, given.seed, given.metrics, sampling)
-            ]  # fmt: skip
+            asked = given.split, given.n, given.seed, given.metrics, sampling
+            points = [point for run in places for point in points_of(run, *asked, "" if short else str(run))]
         write(points, given.out)
         print(markdown(points))
     except UserError as error:

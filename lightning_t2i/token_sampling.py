@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_t2i.batch import Cond
 from lightning_t2i.errors import UserError
 from lightning_t2i.keys import Keys
-from lightning_t2i.networks.token_heads import Sampled
+from lightning_t2i.networks.token_heads import DiffusionHead, Sampled
 from lightning_t2i.networks.token_transformer import Text, TokenTransformer
 from lightning_t2i.token_orders import Schedule, guidance_scales, most_confident, permutations, remaining
 
@@ -59,15 +59,23 @@ class Sampling:
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}", where=f"sampling.{name}",
                                 given=getattr(self, name))  # fmt: skip
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError("No token would be left", where="sampling.top_k", given=self.top_k, allowed="1 or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError("Not a probability", where="sampling.top_p", given=self.top_p, allowed="in (0, 1]")
 
     def refuse_unfit(self, network: TokenTransformer) -> None:
         """Refuses what a network cannot do.
 
         Raises:
-            UserError: more steps than tokens, or options that would have no effect.
+            UserError: more steps than tokens or than a diffusion has times, or options that would have no effect.
         """
         if network.config.order == "random":
             remaining(network.config.length, self.steps)
+        if network.config.head == "diffusion" and self.head_steps > DiffusionHead.t_end:
+            allowed = f"at most {DiffusionHead.t_end}"
+            what = "The diffusion of a token has fewer times"
+            raise UserError(what, where="sampling.head_steps", given=self.head_steps, allowed=allowed)
         refused = [(name, "the raster order has one order") for name in ("policy", "skip")]
         refused = refused if network.config.order == "raster" else []
         if not network.discrete:

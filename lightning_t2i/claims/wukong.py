@@ -99,7 +99,7 @@ def matrix(quick: bool = False) -> Matrix:
         Arm("cost", cells.cost, {"all": TOKENS, "tokens": REDUCED, "pairs": 64 if quick else 512, "width": 64,
                                  "turns": 3 if quick else 9}, 1, "comparison", 5.0),
         Arm("cost-top", cells.cost, {"all": TOKENS, "tokens": TOKENS // 4, "pairs": 64 if quick else 512, "width": 64,
-                                     "turns": 3 if quick else 9}, 1, "comparison", 5.0),
+                                     "turns": 3 if quick else 9, "chosen": True}, 1, "comparison", 5.0),
         Arm("bag", cells.bag, {"n": n, "ridge": 10.0}, 1, "regression", 6.0, ("pretrain",)),
     )  # fmt: skip
 
@@ -120,7 +120,7 @@ def matrix(quick: bool = False) -> Matrix:
         claim("5", "Exact masks against the floor.", "know-locked-f", "know-floor-f", "mr"),
         claim("6", "More negatives raise R@1.", "know-locked-r", "know-few-r", "r1", 0.0),
         claim("7-loss", "A quarter of the tokens costs 5 % of the loss at most.", "top-loss", None, "loss_ratio", 1.05),
-        claim("7-cost", "And is cheaper.", "cost-top", None, "ratio", 1.0),
+        claim("7-cost", "And is cheaper, choice included.", "cost-top", None, "ratio", 1.0),
         claim("8", "Unlocking in the second half raises retrieval.", "know-staged-r", "know-locked-r", "mr", 0.0),
         *(claim(f"emoji-{kind}", f"openmoji, {kind}: mean recall above chance.", f"know-emoji-{kind}", None,
                 "above_chance", 0.0) for kind in SECONDS),

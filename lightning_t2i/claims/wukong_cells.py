@@ -33,7 +33,7 @@ from lightning_t2i.claims.wukong_knowledge import (
 from lightning_t2i.cli.restore import trained
 from lightning_t2i.keys import Keys
 from lightning_t2i.metrics.retrieval import RetrievalRecall
-from lightning_t2i.processes.similarity import contrastive_loss, token_similarity
+from lightning_t2i.processes.similarity import contrastive_loss, token_similarity, top_tokens
 
 TOWER, ENGLISH = "tower", "english"
 PAIRS_SEEN = 2000  # pictures with Chinese captions
@@ -117,19 +117,28 @@ def know(cell: Cell) -> Measured:
 
 
 def cost(cell: Cell) -> Measured:
-    """What the loss costs with all tokens over what it costs with `tokens`: options all, tokens, pairs, width."""
-    options = cell.options
+    """What the loss costs with all tokens over what it costs with `tokens`: options all, tokens, pairs, width, chosen.
+
+    With `chosen` they are not there but are chosen among all, of pictures and of texts, which costs as well.
+    """
+    options, share = cell.options, cell.options["tokens"] / cell.options["all"]
+    chosen = options.get("chosen", False)
     seconds = {}
     for count in (options["all"], options["tokens"]):
+        made = options["all"] if chosen else count
         x, y = (
             normalize(Keys(cell.seed).normal(name, torch.arange(options["pairs"]), (k, options["width"])), dim=-1)
-            for name, k in (("x", count), ("y", 20))
+            for name, k in (("x", made), ("y", 20))
         )
         times = []
         for _ in range(options["turns"]):
             a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
             start = time.process_time()
-            there, back = token_similarity(a, b, back=True)
+            mask = None
+            if chosen and count < made:
+                whole = torch.ones(b.shape[:2], dtype=torch.bool)
+                (a, _), (b, mask) = top_tokens(a, None, b, whole, share), top_tokens(b, whole, a, None, share)
+            there, back = token_similarity(a, b, None, mask, back=True)
             assert back is not None
             contrastive_loss(there, back, torch.tensor(20.0)).backward()
             times.append(time.process_time() - start)

@@ -120,7 +120,7 @@ def full_loss(method: Wukong, batches: Sequence[Complete]) -> dict[str, float]:
     """The loss of all tokens over batches of 100, whatever shares were trained on."""
     total = 0.0
     for records in batches:
-        vectors, ids = method.image(records.image), method.tokenize(records.caption, full=True)
+        vectors, ids = method.pipeline.image(records.image), method.tokenize(records.caption, full=True)
         images, texts, mask, scale, _ = method.generator_of("towers")(vectors, ids)
         there, back = token_similarity(images, texts, None, mask, method.pad, back=True)
         assert back is not None

@@ -9,7 +9,8 @@ by block and only the best k of each query are kept, so that memory grows with p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -78,17 +79,32 @@ def recalls(top: Tensor, pairs: Tensor, candidates: int, ks: tuple[int, ...] = K
 
 
 class RetrievalRecall:
-    """Collects features of pictures and texts, on the CPU, and gives the recalls of all processes' together."""
+    """Collects features of pictures and texts, on the CPU, and gives the recalls of all processes' together.
 
-    def __init__(self) -> None:
+    Args:
+        whole: every process is given everything, so that nothing is gathered.
+    """
+
+    def __init__(self, whole: bool = False) -> None:
+        self.whole = whole
         self.reset()
 
     def reset(self) -> None:
-        self.parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self.parts: list[tuple[Tensor, ...]] = []
 
-    def add(self, images: Tensor, ids: Tensor, texts: Tensor, owners: Tensor) -> None:
-        """Features of pictures [b, ...] with ids [b], and of texts [c, ...] with the id of the picture of each [c]."""
-        self.parts.append((images.cpu(), ids.cpu(), texts.cpu(), owners.cpu()))
+    def add(
+        self, images: Tensor, ids: Tensor, texts: Tensor, owners: Tensor, queries: Sequence[str] | None = None
+    ) -> None:
+        """Features of pictures [b, ...] with ids [b], and of texts [c, ...] with the id of the picture of each [c].
+
+        Args:
+            queries: what the texts say, where equal ones are one query that any of its pictures answers.
+        """
+        part = [t.cpu() for t in (images, ids, texts, owners)]
+        if queries is not None:
+            hashes = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in queries)
+            part.append(torch.tensor([int.from_bytes(value, "big", signed=True) for value in hashes]))
+        self.parts.append(tuple(part))
 
     def compute(self, similarity: Similarity) -> dict[str, float]:
         """i2t/r1 ... t2i/r10, i2t/mean, t2i/mean and their mean; a collective where there are several processes.
@@ -96,17 +112,34 @@ class RetrievalRecall:
         Raises:
             UserError: nothing was collected.
         """
-        parts = self.parts
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        parts, several = self.parts, dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if several and not self.whole:
             found: list[list[tuple[Tensor, ...]]] = [[] for _ in range(dist.get_world_size())]
             dist.all_gather_object(found, parts)
             parts = [part for own in found for part in own]
         if not parts:
             raise UserError("No picture to search for", where="data.val")
-        images, ids, texts, owners = (torch.cat(column) for column in zip(*parts, strict=True))
-        pairs = (ids[:, None] == owners).nonzero()
+        images, ids, texts, owners, *queries = (torch.cat(column) for column in zip(*parts, strict=True))
+        rows = torch.arange(len(texts))
+        if queries:
+            unique, rows = queries[0].unique(return_inverse=True)
+            first = torch.full((len(unique),), len(texts)).scatter_reduce(0, rows, torch.arange(len(texts)), "amin")
+            texts = texts[first]
         to_text, to_image = search(similarity, images, texts)
-        return summary(to_text.indices, to_image.indices, pairs)
+        return summary(to_text.indices, to_image.indices, torch.stack([*belonging(ids, owners, rows)], 1))
+
+
+def belonging(ids: Tensor, owners: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of pictures with ids [N], and of texts, that belong together: int64 [P] each.
+
+    Args:
+        owners: id of the picture of each text [M]; those that are not among ids have no picture.
+        rows: row of each text [M].
+    """
+    known, order = ids.sort()
+    place = torch.searchsorted(known, owners).clamp(max=len(ids) - 1)
+    there = known[place] == owners
+    return order[place[there]], rows[there]
 
 
 def summary(to_text: Tensor, to_image: Tensor, pairs: Tensor) -> dict[str, float]:

@@ -109,11 +109,24 @@ class DualEncoder(nn.Module):
 
 def initialise_text(text: Any) -> None:
     """CLIP's initial weights of a CLIPTextModel; transformers' own have attention's two deviations swapped."""
-    width, depth = text.config.hidden_size, text.config.num_hidden_layers
-    deep, std = width**-0.5 * (2 * depth) ** -0.5, width**-0.5
     nn.init.normal_(text.embeddings.token_embedding.weight, std=0.02)
     nn.init.normal_(text.embeddings.position_embedding.weight, std=0.01)
-    for layer in text.encoder.layers:
+    _initialise_layers(text)
+
+
+def initialise_image(image: Any) -> None:
+    """CLIP's initial weights of a CLIPVisionModel."""
+    std = image.config.hidden_size**-0.5
+    nn.init.normal_(image.embeddings.class_embedding, std=std)
+    nn.init.normal_(image.embeddings.position_embedding.weight, std=std)
+    nn.init.kaiming_normal_(image.embeddings.patch_embedding.weight, mode="fan_out")
+    _initialise_layers(image)
+
+
+def _initialise_layers(tower: Any) -> None:
+    width, depth = tower.config.hidden_size, tower.config.num_hidden_layers
+    deep, std = width**-0.5 * (2 * depth) ** -0.5, width**-0.5
+    for layer in tower.encoder.layers:
         attention, mlp = layer.self_attn, layer.mlp
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
             nn.init.normal_(projection.weight, std=std)

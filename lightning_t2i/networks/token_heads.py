@@ -87,8 +87,8 @@ class DiffusionHead(NoiseHead):
         self.diffusion, self.clip = TokenDiffusion.cosine(self.t_end, variance, first), clip
 
     def times(self, u: Tensor) -> Tensor:
-        """Times int64 below `t_end` of uniform draws u."""
-        return (u * self.t_end).long()
+        """Times int64 below `t_end` of uniform draws u, which rounding may have brought up to 1."""
+        return (u * self.t_end).long().clamp(max=self.t_end - 1)
 
     def loss(self, z: Tensor, target: Tensor, u: Tensor, noise: Tensor) -> Terms:
         """Squared error of eps, with learned variance plus its bits; see `TokenTransformer.loss`."""

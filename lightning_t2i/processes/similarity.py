@@ -113,10 +113,10 @@ def token_similarity(
     """
     if back and x_mask is not None:
         raise ValueError("one pass gives both directions where all tokens of x count")
-    if x.shape[1] == y.shape[1] == 1:  # one vector each: cosines, equal both ways
-        cosines = x[:, 0] @ y[:, 0].T
-        return cosines, cosines.T if back else None
     kind = torch.promote_types(x.dtype, torch.float32)
+    if x.shape[1] == y.shape[1] == 1:  # one vector each: cosines, equal both ways
+        cosines = x[:, 0].to(kind) @ y[:, 0].to(kind).T
+        return cosines, cosines.T if back else None
     u, w = (
         row_means(torch.ones(tokens.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask, kind)
         for tokens, mask in ((x, x_mask), (y, y_mask))

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -139,3 +140,30 @@ def test_negatives_come_from_all_processes(ranks):
     for found in ranks(gradient):
         for a, b in zip(whole, found, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def share_of_five(rank: int) -> list[torch.Tensor]:
+    """What is gathered of five rows, three of them on the first process."""
+    module = CLIP("x")
+    module._trainer = SimpleNamespace(world_size=2, training=False)
+
+    def stacked(x: torch.Tensor) -> torch.Tensor:
+        found = [torch.empty_like(x) for _ in range(2)]
+        torch.distributed.all_gather(found, x)
+        return torch.stack(found)
+
+    module.all_gather = stacked
+    return [module.gathered(torch.arange(5.0)[:3] if rank == 0 else torch.arange(5.0)[3:])]
+
+
+def test_shares_of_a_last_batch_may_differ_in_validation(ranks):
+    for (found,) in ranks(share_of_five):
+        assert found.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+def test_cosines_of_half_precision_are_told_apart():
+    images = torch.nn.functional.normalize(torch.randn(64, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    half = images.bfloat16()
+    loss = info_nce(half, half, torch.tensor(20.0))
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, info_nce(half.float(), half.float(), torch.tensor(20.0)))

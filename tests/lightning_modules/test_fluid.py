@@ -270,6 +270,13 @@ def test_validation_draws_depend_on_seed_and_picture_alone(folder) -> None:
         _, weight, masked, where = method.terms(method.transformer, batch, keys, 4, stratified=True)
         half = method.terms(method.transformer, batch.slice(4, 8), keys, 4, stratified=True)
     assert torch.equal(masked[4:], half[2])
+    other = built(folder, mask=MaskLaw(strata=1))  # a size with smaller batches
+    with torch.no_grad():
+        assert torch.equal(other.terms(other.transformer, batch, keys, 4, stratified=True)[2], masked)
+        assert not torch.equal(*(m.terms(m.transformer, batch, keys, 1)[2] for m in (method, other)))
+        odd = batch.slice(3, 8)  # begins within a stratum: no masked token is left out
+        _, weight_odd, masked_odd, _ = method.terms(method.transformer, odd, keys, 4, stratified=True)
+    assert int(weight_odd.sum()) == int(masked_odd.sum())
     assert (where[:, 1:] * 4).long().tolist() == [[0, 1, 2, 3]] * len(where)
     method.counters.step = 7
     assert method.keys.fork("validation") == keys
@@ -443,6 +450,7 @@ def test_forward_units(folder, tmp_path) -> None:
         ({"sampling": Sampling(steps=65)}, "so many steps"),
         ({"sampling": Sampling(policy="confidence")}, "no probabilities"),
         ({"sampling": Sampling(top_k=3)}, "no probabilities"),
+        ({"sampling": Sampling(head_steps=1001)}, "fewer times"),
         ({"order": "raster", "sampling": Sampling(skip=0.1)}, "one order"),
         ({"order": "raster", "head": "categorical", "sampling": Sampling(policy="confidence")}, "one order"),
     ],
@@ -456,9 +464,12 @@ def test_impossible_options_are_refused_before_training(folder, options, message
         fluid(folder, **options).configure_model()
 
 
-@pytest.mark.parametrize("options", [{"steps": 0}, {"temperature": -1.0}, {"guidance": -0.5}])
+@pytest.mark.parametrize(
+    "options",
+    [{"steps": 0}, {"temperature": -1.0}, {"guidance": -0.5}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}],
+)
 def test_impossible_sampling_is_refused(options) -> None:
-    with pytest.raises(UserError, match="at least"):
+    with pytest.raises(UserError, match="at least|No token would be left|Not a probability"):
         Sampling(**options)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from pictures import Pictures, fit
 from toy import adam
 from weights import weights_hash
 from wukong_parts import (
+    CAPTIONS,
     IMAGE,
     SWIN,
     chinese,
@@ -82,6 +84,13 @@ def test_P1_one_token_each_is_clip_in_value_and_gradient():
         found.append([make(x, y).detach(), x.grad, y.grad])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def test_P1_cosines_of_half_precision_are_float32():
+    x = unit(6, 1, 16, dtype=torch.float32).bfloat16()
+    found, back = token_similarity(x, x, back=True)
+    assert found.dtype == back.dtype == torch.float32
+    torch.testing.assert_close(found, x[:, 0].float() @ x[:, 0].float().T)
 
 
 def test_P1_no_scale_costs_the_logarithm_of_the_batch():
@@ -265,6 +274,20 @@ def test_P7_weights_begin_as_clips(tmp_path):
         layer.mlp.fc1: 128**-0.5, layer.mlp.fc2: 64**-0.5 * 4**-0.5,
     }  # fmt: skip
     assert {m: m.weight.std().item() for m in deviations} == pytest.approx(deviations, rel=0.1)
+
+
+def test_P7_an_image_tower_from_scratch_begins_as_clips(tmp_path):
+    facts = {**IMAGE, "hidden_size": 64, "num_attention_heads": 4}
+    (tmp_path / "image.json").write_text(json.dumps(facts))
+    module = wukong(tmp_path, image=str(tmp_path / "image.json"), tower=GroupOptions())
+    embeddings, layer = module.image.backbone.embeddings, module.image.backbone.encoder.layers[0]
+    deviations = {
+        embeddings.class_embedding: 64**-0.5, embeddings.position_embedding.weight: 64**-0.5,
+        embeddings.patch_embedding.weight: (2 / (64 * IMAGE["patch_size"] ** 2)) ** 0.5,
+        layer.self_attn.q_proj.weight: 64**-0.5, layer.self_attn.out_proj.weight: 64**-0.5 * 4**-0.5,
+        layer.mlp.fc2.weight: 64**-0.5 * 4**-0.5,
+    }  # fmt: skip
+    assert {w: w.std().item() for w in deviations} == pytest.approx(deviations, rel=0.25)
 
 
 # ---- P8: processes and micro-batches ---------------------------------------------------------------------------------
@@ -542,6 +565,21 @@ def test_validation_reports_recalls_of_all_captions(tmp_path):
     assert 0 <= trainer.callback_metrics["val/mean"] <= 1
 
 
+def test_equal_captions_are_one_query_where_told(tmp_path):
+    """Four captions go round: eight pictures have four queries, each with two pictures."""
+    found = {}
+    for merge_queries in (False, True):
+        module = wukong(tmp_path, merge_queries=merge_queries)
+        for first in (0, 4):
+            records = chinese(first, 4)
+            records.id, records.caption = torch.arange(first, first + 4), CAPTIONS
+            module.validation_step({"main": records}, 0)
+        to_image = module.recall.compute(module.pipeline.similarity)["t2i/r1"]
+        found[merge_queries] = to_image
+    assert found[True] * 4 == pytest.approx(round(found[True] * 4)) and found[True] >= found[False]
+    assert found[True] == pytest.approx(2 * found[False])  # an equal text finds the picture of one of both
+
+
 def test_style_g_exports_a_stock_clip(tmp_path):
     from transformers import AutoTokenizer, CLIPModel
 
@@ -609,6 +647,13 @@ def test_a_training_goes_on_from_an_export(tmp_path):
     torch.testing.assert_close(again.encode_text(["猫"]), module.encode_text(["猫"]))
     torch.testing.assert_close(again.encode_image(chinese(0, 2).image), module.encode_image(chinese(0, 2).image))
     trained(tmp_path, again, 1)
+    sigmoid = Wukong(**options, reduced=3, objective="sigmoid", bias=-7.0)
+    sigmoid.configure_model()
+    assert sigmoid.towers.bias.item() == -7.0 and sigmoid.towers.bias.requires_grad
+    sigmoid.export(tmp_path / "sigmoid", [])
+    back = Wukong(**{**options, "text": str(tmp_path / "sigmoid")}, reduced=3)
+    back.configure_model()
+    assert back.towers.bias is None  # and no parameter without a gradient
     other = Wukong(**options, reduced=4)
     with pytest.raises(UserError, match="another one"):
         other.configure_model()

@@ -100,9 +100,28 @@ def test_a_study_of_runs(runs, tmp_path, capsys) -> None:
     assert "w16" in capsys.readouterr().out
 
 
+def test_runs_of_one_name_stay_apart(runs, tmp_path) -> None:
+    for width in (8, 16):  # as the cells of claims, whose folders are all called alike
+        (tmp_path / str(width)).mkdir()
+        (tmp_path / str(width) / "training").symlink_to(runs / f"w{width}")
+    words = [str(tmp_path / str(width) / "training") for width in (8, 16)]
+    assert main([str(tmp_path / "study"), *words, "--metrics"]) == 0
+    found = json.loads((tmp_path / "study" / "study.json").read_text())
+    assert len({p["run"] for p in found["points"]}) == 2
+    assert all(variant["fit"]["n"] == 2 for variant in found["findings"].values())
+
+
 def test_mistakes_are_told(runs, tmp_path, capsys) -> None:
     assert main([str(tmp_path / "study")]) == 2
     assert "No run" in capsys.readouterr().err
+    assert main([str(tmp_path / "nothing"), "--report"]) == 2
+    assert "no study here" in capsys.readouterr().err
+    other = yaml.safe_load((runs / "w8" / "config.yaml").read_text())
+    other["data"]["init_args"]["main"]["init_args"]["source"] = "data/mine"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.yaml").write_text(yaml.safe_dump(other))
+    assert main([str(tmp_path / "study"), str(tmp_path / "other")]) == 2
+    assert "shapes world alone" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="No checkpoint was validated"):
         points_of(tmp_path / "empty", "val", 1, 0, [], {})

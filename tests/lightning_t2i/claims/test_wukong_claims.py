@@ -62,7 +62,10 @@ def test_the_ratio_of_two_losses(tmp_path) -> None:
 
 def test_fewer_tokens_cost_less() -> None:
     options = {"all": 16, "tokens": 2, "pairs": 128, "width": 16, "turns": 3}
-    assert cells.cost(Cell(0, None, options)).of("ratio") > 1  # type: ignore[arg-type]
+    there = cells.cost(Cell(0, None, options)).of("ratio")  # type: ignore[arg-type]
+    assert there > 1
+    chosen = cells.cost(Cell(0, None, {**options, "chosen": True})).of("ratio")  # type: ignore[arg-type]
+    assert chosen < there  # choosing them costs
 
 
 def test_a_tower_a_training_on_it_and_what_it_knows(tmp_path, monkeypatch) -> None:

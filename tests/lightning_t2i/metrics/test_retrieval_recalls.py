@@ -5,7 +5,7 @@ import torch
 from wukong_parts import unit
 
 from lightning_t2i.errors import UserError
-from lightning_t2i.metrics.retrieval import RetrievalRecall, TopK, recalls, search, summary
+from lightning_t2i.metrics.retrieval import RetrievalRecall, TopK, belonging, recalls, search, summary
 from lightning_t2i.processes.similarity import token_similarity
 
 
@@ -65,6 +65,23 @@ def test_a_query_with_several_pictures_is_found_by_any():
     assert summary(torch.full((6, 2), -1), to_image, pairs)["t2i/r5"] == 0.5
 
 
+def test_equal_queries_are_one_that_any_of_its_pictures_answers():
+    images, same = torch.eye(3), torch.tensor([1.0, 0.1, 0])
+    texts, owners = torch.stack([same, same, torch.eye(3)[2]]), torch.tensor([7, 8, 9])
+    asked, merged = RetrievalRecall(), RetrievalRecall()
+    asked.add(images, owners, texts, owners)
+    merged.add(images[:1], owners[:1], texts[:1], owners[:1], ["a"])
+    merged.add(images[1:], owners[1:], texts[1:], owners[1:], ["a", "b"])
+    assert asked.compute(cosine)["t2i/r1"] == pytest.approx(2 / 3)  # one of the two asks for the other picture
+    assert merged.compute(cosine)["t2i/r1"] == 1.0
+    assert merged.compute(cosine)["i2t/r1"] == 1.0
+
+
+def test_texts_without_their_picture_belong_to_none():
+    pictures, texts = belonging(torch.tensor([5, 2, 9]), torch.tensor([9, 3, 5, 9, 11]), torch.arange(5))
+    assert torch.stack([pictures, texts], 1).tolist() == [[2, 0], [0, 2], [2, 3]]
+
+
 def test_token_wise_ways_are_not_each_others_transpose():
     images, texts = unit(6, 3, 4, dtype=torch.float32), unit(8, 5, 4, seed=2, dtype=torch.float32)
 
@@ -85,6 +102,19 @@ def halves(rank: int) -> dict[str, float]:
     rows = torch.cat([ids * 2, ids * 2 + 1])
     recall.add(images[own], ids, texts[rows], rows // 2)
     return recall.compute(cosine)
+
+
+def alike(rank: int) -> dict[str, float]:
+    images, texts = unit(8, 4, dtype=torch.float32), unit(16, 4, seed=1, dtype=torch.float32)
+    recall = RetrievalRecall(whole=True)
+    recall.add(images, torch.arange(8), texts, torch.arange(16) // 2)
+    return recall.compute(cosine)
+
+
+def test_what_every_process_has_is_searched_once(ranks):
+    wanted = alike(0)
+    for found in ranks(alike):
+        assert found == pytest.approx(wanted)
 
 
 def test_processes_with_unequal_shares_give_the_recalls_of_one(ranks):

@@ -361,3 +361,9 @@ def test_a_fixed_variance_has_no_bits(variance: str) -> None:
     with torch.no_grad():
         wild, bounded = (head(variance=variance, clip=clip).sample(found["z"], noise).tokens for clip in (None, 0.5))
     assert float(bounded.abs().max()) <= 0.5 < float(wild.abs().max())
+
+
+def test_a_draw_that_rounds_up_to_one_is_the_last_time():
+    head = DiffusionHead(4, 2)
+    u = (torch.arange(4) + torch.tensor(1 - 2**-24)) / 4  # the strata of validation
+    assert float(u[-1]) == 1.0 and int(head.times(u)[-1]) == 999

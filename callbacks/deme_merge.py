@@ -1,4 +1,4 @@
-"""Merges experts into one model when all of their deltas are there, and says what it is worth on what no search saw."""
+"""Merges experts into one model when all of their deltas are there, and says what it is worth at other noise."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class MergeOptions:
         grid: values of each weight in a grid search.
         limit: evaluations after which gradient and coordinate search end.
         n: samples of the objective, and pictures of each metric, rounded up to whole batches.
-        metrics: of shapes_score, fd, kd, recall, clip_score: of base, merged model and experts in turn, on other
-            data than the search saw (the test split where there is one) and other noise.
+        metrics: of shapes_score, fd, kd, recall, clip_score: of base, merged model and experts in turn, at other noise
+            than the search saw, and on other data where there is a test split.
         in_validation: validate the merged model in the place of the trained expert, once all deltas are there; with
             given weights.
         networks: where the metrics' networks and references are.
@@ -149,7 +149,10 @@ class DeMeMerge(L.Callback):
         return [(records, module.condition(records)) for records in found]
 
     def _report(self, trainer: L.Trainer, module: Any, weights: Sequence[float]) -> dict[str, float]:
-        """Loss and metrics of base, merged model and experts that take turns, on what no search saw."""
+        """Loss and metrics of base, merged model and experts that take turns, at noise that no search saw.
+
+        On test data, or on the pictures of the search where there is no test split.
+        """
         split = "test" if "test" in getattr(trainer.datamodule, "finite", {}) else "val"
         if split == "test":
             trainer.datamodule.setup("test")

@@ -48,6 +48,8 @@ class Classifier(MethodModule):
         common: options of the engine.
     """
 
+    may_rest = ()
+
     def __init__(
         self,
         network: Literal["metric", "perceptual"] = "metric",

@@ -45,6 +45,8 @@ class CLIP(MethodModule):
         common: options of the engine.
     """
 
+    may_rest = ()
+
     def __init__(
         self,
         network: str,

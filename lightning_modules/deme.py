@@ -120,6 +120,8 @@ class DeMe(RangeExperts):
         common: options of the engine.
     """
 
+    may_rest = ()
+
     def __init__(
         self,
         base: str,

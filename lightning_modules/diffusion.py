@@ -69,6 +69,8 @@ class Diffusion(MethodModule):
         common: options of the engine.
     """
 
+    may_rest = ()
+
     def __init__(
         self,
         network: str,

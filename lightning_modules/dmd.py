@@ -27,7 +27,8 @@ Deviations from the paper: eq. 7 and 8 have a factor alpha(t) in g that algorith
 and "dmd_eq8" the equations. w is at least 1e-5, counted in `student/clamped`; values that are not finite stop the
 training and are not set to 0. The regression is l2 by default, so that it needs no other weights (the paper's table:
 2.78 against LPIPS' 2.66); pictures for the other metrics come from the pipeline's own autoencoder, where the authors
-began with a smaller one. Dropout and EDM's embedding of augmentations are off.
+began with a smaller one. Dropout and EDM's embedding of augmentations are off. The loss of the fake network is that of
+eps or of EDM's x0, whatever the network predicts.
 """
 
 from __future__ import annotations
@@ -121,6 +122,8 @@ class DMD(MethodModule):
         common: options of the engine.
     """
 
+    may_rest = ("student",)
+
     def __init__(
         self,
         teacher: str,
@@ -162,6 +165,9 @@ class DMD(MethodModule):
         if not isinstance(self.process, DDPM | EDM):
             what, allowed = "DMD has no times and weights of this process", "a teacher of a ddpm or edm process"
             raise UserError(what, where="model.teacher", given=self.process.name, allowed=allowed)
+        if self.student_t is not None and not 0 < self.student_t <= self.process.t_max:
+            allowed = f"above 0, at most {self.process.t_max:g}, or null"
+            raise UserError("Not a student's time", where="model.student_t", given=self.student_t, allowed=allowed)
         student, fake = self.copies(pipeline)
         dtype = torch.bfloat16 if self.common.precision == "bf16" else None
         self.add_frozen("teacher", pipeline.denoiser, pipeline.identity, dtype)

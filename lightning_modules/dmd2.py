@@ -19,12 +19,11 @@ With `lora_rank` student and fake are adapters of one backbone whose bare form i
 Deviations from the authors' code: the gradient of b's term reaches x alone, so that fake and head never hold one that
 is not theirs (the authors freeze them for that pass and clear what is left); D(x_t) is read in the pass of L_fake and
 so shares its t and eps; the head has its own optimizer and clipping. Every pass runs the whole U-Net, also where only
-its first half is needed.
+its first half is needed. The ablation with the discriminator alone is not here.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -80,6 +79,9 @@ class DMD2(DMD):
         **options: Any,
     ):
         first = student_times[0] if student_times else None
+        if options.get("matching_weight") == 0:
+            what, allowed = "DMD2 has no training without matching", "above 0"
+            raise UserError(what, where="model.matching_weight", given=0, allowed=allowed)
         super().__init__(teacher, regression_weight=0.0, match_pairs=False, student_t=first, **options)
         if student_times and (min(student_times) < 0 or any(a <= b for a, b in pairwise(student_times))):
             allowed = "times that fall, none below 0"
@@ -108,7 +110,7 @@ class DMD2(DMD):
 
     def copies(self, pipeline: Pipeline) -> list[Denoiser]:
         if self.student_from is not None:
-            begun = replace(pipeline, denoiser=Denoiser.from_pretrained(self.student_from))
+            begun = pipeline.beginning_with(self.student_from)
             return [p.trainable(self.gradient_checkpointing) for p in (begun, pipeline)]
         if self.lora_rank is None:
             return super().copies(pipeline)
@@ -131,12 +133,17 @@ class DMD2(DMD):
             if "real" not in streams:
                 raise UserError("This training needs real pictures", where="data.real", given="null", fix=REAL_FIX)
             self.reals_per_sample = streams["real"].batch_size / streams["main"].batch_size
+            if not self.backward_simulation and self.reals_per_sample != 1:
+                what, given = "Real pictures stand in for samples", streams["real"].batch_size
+                allowed = f"{streams['main'].batch_size}, as data.main has"
+                raise UserError(what, where="data.real.batch_size", given=given, allowed=allowed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         due, reals, gan_weight = self.due("student"), batch.get("real"), value_at(self.gan_weight, self.counters.step)
         z, cond, places = self.inputs(batch["main"])
         with torch.set_grad_enabled(due):
-            x = self.student.x0(*self.student_input(z, cond, places, reals), cond)
+            x_i, t, cond = self.student_input(z, cond, places, reals)
+            x = self.student.x0(x_i, t, cond)
         fixed = x.detach(), cond, places
         if due:
             loss = self.matching_weight * matching_loss(x, self.matching(*fixed))
@@ -151,19 +158,21 @@ class DMD2(DMD):
 
     def student_input(
         self, z: Tensor, cond: Cond | None, places: Tensor, reals: Records | None
-    ) -> tuple[Tensor, Tensor | float]:
-        """(x_i [B, C, h, w], t_i) of a step i that all samples of the training step share, on all processes."""
+    ) -> tuple[Tensor, Tensor | float, Cond | None]:
+        """(x_i [B, C, h, w], t_i, its condition) of a step i that all samples of the training step share, on all
+        processes. A noised real picture keeps the condition that it came with."""
         i = int(self.keys.integers("step", torch.zeros(1, dtype=torch.int64), 0, self.steps))
         if i == 0:
-            return self.process.initial(z), self.process.t_max if self.student_t is None else self.student_t
+            t = self.student_t
+            return self.process.initial(z, t), self.process.t_max if t is None else t, cond
         if self.backward_simulation:
             with torch.no_grad():
                 other = self.keys.normal("simulated_z", places, self.shape)
                 clean = self.generate(self.student, other, cond, self.keys, places, steps=i)
         else:
-            clean = self.codec.latents(reals)
+            clean, cond = self.codec.latents(reals), self.condition(reals)
         t = self.student_times[i]
-        return self.process.add_noise(clean, self.keys.normal("student_eps", places, self.shape), t), t
+        return self.process.add_noise(clean, self.keys.normal("student_eps", places, self.shape), t), t, cond
 
     def generate(
         self,

@@ -183,6 +183,8 @@ class Experts(MethodModule):
         common: options of the engine; jobs with other seeds train other experts.
     """
 
+    may_rest = ()
+
     def __init__(
         self,
         encoders: Encoders,

@@ -97,6 +97,8 @@ class Fluid(MethodModule):
         common: options of the engine.
     """
 
+    may_rest = ()
+
     def __init__(
         self,
         network: str,

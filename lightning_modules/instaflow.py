@@ -28,7 +28,8 @@ data to noise, which add up to it.
 Deviations: the authors train no `converted` start, which replaces the part of their training that turns the sign;
 `raw` is theirs. They do not say whether captions are dropped in reflow: here .1 are, since alpha needs the null branch.
 The input of OneStep is z itself at t = 1; RectifiedFlow's code leaks .001 of the target into it. Stages begin with the
-averaged weights of the one before, as exported in fp16. Weights of LPIPS are AlexNet's ("lpips_alex") or VGG's.
+averaged weights of the one before, as exported in fp16. Weights of LPIPS are AlexNet's ("lpips_alex") or VGG's. Left
+out: paths other than straight ones between the ends of a pair, and times of reflow in a few discrete steps.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ class InstaFlow(FlowStudent):
         guidance: scale at which the pairs were sampled: the teacher's, or alpha of the flow that made them.
         init: how a diffusion teacher's network becomes a velocity head; a flow is one already.
         init_steps: training steps of the conversion.
-        start: checkpoint folder of another run whose weights, averages and optimizer states this one begins with.
+        start: checkpoint folder of another run whose weights, averages and optimizer states this one begins with; there
+            is no conversion then.
         start_optimizer: take the optimizer's states and schedule from there too.
         size: side of the pictures in pixels; null is the size that the network was made for (FLUX has none).
         gradient_checkpointing: recompute activations in the backward pass to save memory.
@@ -97,6 +99,8 @@ class InstaFlow(FlowStudent):
         student: how the weights are updated.
         common: options of the engine.
     """
+
+    may_rest = ()
 
     def __init__(
         self,
@@ -145,8 +149,8 @@ class InstaFlow(FlowStudent):
     @property
     def converting(self) -> bool:
         """Whether this training step is one of the conversion."""
-        needed = self.init == "converted" and not isinstance(self.teacher.process, RectifiedFlow)
-        return needed and self.counters.step < self.init_steps
+        flow = self.start is not None or isinstance(self.teacher.process, RectifiedFlow)  # what it begins with
+        return self.init == "converted" and not flow and self.counters.step < self.init_steps
 
     def on_fit_start(self) -> None:
         """Refuses pairs that are missing, or those of another teacher or scale."""

@@ -16,7 +16,7 @@
     eta             learned rates of the inner loop;   T, b, c   `inner_steps`, `inner_batch`, `blending.concentration`
 
 A training step is one iteration with one segment of an expert on each process and micro-batch; their gradients are
-averaged. The batches of the data module only beat time. Logged: J, image and text (its two parts), rate, similarity.
+averaged. The batches of the data module only beat time. Logged: J, image and text (its two parts), rate, largest |S|.
 
 Predecessors are configs: blending none is LoRS with heads only (2406.03793); S = I besides, InfoNCE and the unrolled
 gradient MTT-VL (2308.07545); wBCE and tesla TESLA-VL (2211.10586). `initial` alone, untrained, is a coreset.
@@ -24,7 +24,7 @@ gradient MTT-VL (2308.07545); wBCE and tesla TESLA-VL (2211.10586). `initial` al
 Deviations: eta's gradient has J's own normaliser where the published code always takes the separate one; dropout of the
 second pass is that of the first (`replay` false draws it anew, as there); log sigmoid without 1e-6 (the objective
 wbce_epsilon has it); eta is kept above a floor; X are scaled to [-1, 1] and not by CLIP's deviations, so rates for
-X are (2 x .27)^2 as large.
+X are (2 x .27)^2 as large. Collapse is watched in the space of the first expert, which is matched as well.
 """
 
 from __future__ import annotations
@@ -89,6 +89,8 @@ class RepBlend(MeasuredSet):
         images, texts, rates, similarity: how X, Y, eta and S are updated.
         common: options of the engine.
     """
+
+    may_rest = ()
 
     def __init__(
         self,
@@ -227,7 +229,8 @@ class RepBlend(MeasuredSet):
         # A scalar of the value J whose gradients are those found; that of f goes on through E, once.
         value = sum((t * g).sum() for t, g in zip([*inputs, eta], found.gradients, strict=True))
         scalars = {"image": found.branches[0], "text": found.branches[1], "rate": eta.mean()}
-        scalars |= {"similarity": factors[0].abs().max()} if factors else {}
+        if factors:
+            scalars["similarity"] = similarity(tuple(factors), self.alpha, torch.arange(self.pairs)).abs().max()
         self.backward(tuple(self.groups), found.loss + value - value.detach(), **scalars)
 
     def segment(self, index: int) -> Segment:

@@ -114,6 +114,8 @@ class SwiftBrush(DMD):
         common: options of the engine.
     """
 
+    may_rest = ("student", "lora")
+
     def __init__(
         self,
         teacher: str,

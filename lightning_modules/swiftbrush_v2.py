@@ -19,7 +19,6 @@ Deviations: the authors' regularisation on pairs of pictures is left out, for it
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from lightning_modules.swiftbrush import SwiftBrush
 from lightning_t2i.batch import Records
-from lightning_t2i.distillation import Pipeline
+from lightning_t2i.distillation import Pipeline, shapes_of
 from lightning_t2i.errors import UserError
 from lightning_t2i.frozen import folder_identity
 from lightning_t2i.metrics.clip_score import TransformersClip
@@ -41,10 +40,6 @@ from lightning_t2i.networks.load import locate
 def clamped(fits: Tensor, threshold: float) -> Tensor:
     """mean max(0, tau - cos) of the cosines [B] of pictures and captions: a scalar."""
     return (threshold - fits).clamp_min(0).mean()
-
-
-def shapes_of(network: Denoiser) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in network.named_parameters()}
 
 
 @torch.no_grad()
@@ -127,15 +122,7 @@ class SwiftBrushV2(SwiftBrush):
     def begun(self, pipeline: Pipeline) -> Denoiser:
         start = pipeline
         if self.student_from is not None:
-            start = replace(pipeline, denoiser=Denoiser.from_pretrained(self.student_from))
-            start.denoiser.process = pipeline.denoiser.process  # an exported student's ends where it is asked
-            for name, theirs, ours in (
-                ("prediction", start.denoiser.prediction, pipeline.denoiser.prediction),
-                ("architecture", shapes_of(start.denoiser), shapes_of(pipeline.denoiser)),
-            ):
-                if theirs != ours:
-                    what = f"The student begins with another {name} than its teacher's"
-                    raise UserError(what, where="model.student_from", given=self.student_from)
+            start = pipeline.beginning_with(self.student_from)
         if self.student_rank is None:
             return start.trainable(self.gradient_checkpointing)
         identity = folder_identity(locate(self.student_from)) if self.student_from else pipeline.identity
@@ -156,7 +143,7 @@ class SwiftBrushV2(SwiftBrush):
             raise UserError("The CLIP loss needs captions", where="data.main", given="none", fix="clip: null")
         with torch.no_grad():
             texts = self.clip.encode_text(records.caption)
-        fits = (self.clip.encode_image(self.decoder.decode(x)) * texts).sum(1)
+        fits = (self.clip.encode_image(self.decoder.decode(x), clamp=False) * texts).sum(1)
         misfit = clamped(fits, self.clip_threshold)
         self.note(**{"student/clip": misfit, "student/fits": fits.mean()})
         return loss + weight * misfit

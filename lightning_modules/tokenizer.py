@@ -63,6 +63,8 @@ class Tokenizer(MethodModule):
 
     used: Tensor  # [codes], how often each was chosen in this validation
 
+    may_rest = ()
+
     def __init__(
         self,
         network: str,

@@ -89,6 +89,8 @@ class Wukong(MethodModule):
         common: options of the engine.
     """
 
+    may_rest = ("image",)
+
     def __init__(
         self,
         image: str,

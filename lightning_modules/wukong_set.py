@@ -72,6 +72,8 @@ class WukongOfSet(Wukong):
         common: options of the engine.
     """
 
+    may_rest = ()
+
     def __init__(
         self,
         image: str,

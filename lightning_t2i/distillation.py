@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -61,6 +61,9 @@ class Pipeline:
         text = TextEncoder.from_pretrained(source, revision=revision) if "text_encoder" in parts else None
         config: Any = denoiser.backbone.config
         classes = denoiser.classes
+        if getattr(config, "guidance_embeds", False):
+            what, allowed = "A guidance-distilled network has to be told its guidance", "guidance_embeds: false"
+            raise UserError(what, where="model.teacher", given="guidance_embeds: true", allowed=allowed)
         if guidance != 1 and text is None and not classes:
             what = "A teacher without a condition cannot be guided"
             raise UserError(what, where="model.guidance", given=guidance, fix="1.0")
@@ -69,6 +72,23 @@ class Pipeline:
             raise UserError(what, where="model.size", given=given, fix="the side of its pictures in pixels")
         shape = codec.latent_shape(size or config.sample_size * codec.factor)
         return cls(denoiser, codec, text, teacher_identity(source, revision), shape, classes)
+
+    def beginning_with(self, source: str) -> Pipeline:
+        """This pipeline with the network of another folder or hub id, with which a student of it begins.
+
+        Raises:
+            UserError: one of another prediction or architecture.
+        """
+        found = Denoiser.from_pretrained(source)
+        found.process = self.denoiser.process  # an exported student's ends where it is asked
+        for name, theirs, ours in (
+            ("prediction", found.prediction, self.denoiser.prediction),
+            ("architecture", shapes_of(found), shapes_of(self.denoiser)),
+        ):
+            if theirs != ours:
+                what = f"The student begins with another {name} than its teacher's"
+                raise UserError(what, where="model.student_from", given=source)
+        return replace(self, denoiser=found)
 
     def trainable(self, gradient_checkpointing: bool = False) -> Denoiser:
         """A copy of the denoiser to train, without dropout and without EDM's embedding of augmentations."""
@@ -109,6 +129,12 @@ class Pipeline:
             times: of a student's steps, see `to_scheduler`; None is the last of the process.
         """
         save_pipeline(folder, denoiser, self.codec, self.text, [t for t in times if t is not None])
+
+
+def shapes_of(network: nn.Module) -> dict[str, torch.Size]:
+    """Of the parameters that a copy to train has, by their names: EDM's embedding of augmentations is left out."""
+    found = {name: parameter.shape for name, parameter in network.named_parameters()}
+    return {name: shape for name, shape in found.items() if "augment_embedding" not in name}
 
 
 def refuse_foreign_pairs(

@@ -41,7 +41,10 @@ class FlowStudent(MethodModule):
     start_optimizer: bool = True
 
     def on_train_start(self) -> None:
-        """Takes weights, averages and, with `start_optimizer`, optimizer and schedule of the checkpoint `start`."""
+        """Takes weights, averages and, with `start_optimizer`, optimizer and schedule of the checkpoint `start`.
+
+        Without them the averages' warm-up begins anew as well: they soon forget those that they were given.
+        """
         if self.start is not None and self.counters.step == 0:
             state = AtomicCheckpointIO().load_checkpoint(self.start)
             self.load_state_dict(state["state_dict"])

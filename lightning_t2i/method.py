@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,7 @@ class MethodModule(Saved):
         common: seed, accumulation, precision and the other options that every method shares.
     """
 
+    may_rest: ClassVar[tuple[str, ...] | None] = None  # groups whose `every` and `start` are heeded; None: all
     quantizes = True  # False builds whole networks where `common.quantize` is set, for an export
 
     def __init__(self, common: MethodOptions | None = None):
@@ -94,6 +95,10 @@ class MethodModule(Saved):
         copied.
         """
         refuse_quantized(name, network)
+        if self.may_rest is not None and name not in self.may_rest and (options.every, options.start) != (1, 0):
+            given = f"every {options.every}, start {options.start}"
+            what = "This group is updated in every training step"
+            raise UserError(what, where=f"model.{name}", given=given, fix="every: 1, start: 0")
         group = self.groups[name] = Group(name, network, options, parameters)
         mesh = mesh_of(self)
         if self.common.precision == "bf16" and mesh is None:

@@ -99,8 +99,12 @@ class TransformersClip(nn.Module):
 
         return cls(network, tokenize, config.vision_config.image_size, facts["image_mean"], facts["image_std"])
 
-    def prepare(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> resized (bicubic, short side), centre-cropped and normalised."""
+    def prepare(self, images: Tensor, clamp: bool = True) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] -> resized (bicubic, short side), centre-cropped and normalised.
+
+        Args:
+            clamp: cut what resizing takes beyond the range, as an image processor does; what is cut has no gradient.
+        """
         h, w = images.shape[-2:]
         scale = self.size / min(h, w)
         if scale != 1:
@@ -108,11 +112,11 @@ class TransformersClip(nn.Module):
             images = interpolate(images, shape, mode="bicubic", antialias=True)
         top, left = (images.shape[-2] - self.size) // 2, (images.shape[-1] - self.size) // 2
         images = images[..., top : top + self.size, left : left + self.size]
-        return ((images.clamp(-1, 1) + 1) / 2 - self.mean) / self.std
+        return (((images.clamp(-1, 1) if clamp else images) + 1) / 2 - self.mean) / self.std
 
-    def encode_image(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> unit vectors [B, D]."""
-        return _unit(self.network.get_image_features(pixel_values=self.prepare(images.to(self.mean))))
+    def encode_image(self, images: Tensor, clamp: bool = True) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] -> unit vectors [B, D]; see `prepare`."""
+        return _unit(self.network.get_image_features(pixel_values=self.prepare(images.to(self.mean), clamp)))
 
     def encode_text(self, texts: list[str]) -> Tensor:
         """B texts -> unit vectors [B, D]."""

@@ -107,7 +107,7 @@ class Predictor(nn.Module):
         Args:
             t: the time given to the network and to the conversion; the process's t_max by default.
         """
-        return self.x0(self.process.initial(z), self.process.t_max if t is None else t, cond)
+        return self.x0(self.process.initial(z, t), self.process.t_max if t is None else t, cond)
 
     def _preconditioning(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         variance = sigma**2 + self.sigma_data**2

@@ -80,8 +80,9 @@ class Process(ABC):
         dtype = work_dtype(x0)
         return expand(alpha, x0) * x0.to(dtype) + expand(sigma, x0) * eps.to(dtype)
 
-    def initial(self, z: Tensor) -> Tensor:
-        """The state at t_max from which sampling starts, of unit Gaussian noise z."""
+    def initial(self, z: Tensor, t: Time | None = None) -> Tensor:
+        """The state from which sampling starts, of unit Gaussian noise z: at t_max, or as if nothing but noise were
+        there at an earlier t."""
         return z * self.initial_scale
 
     def step(self, x: Tensor, t: Time, s: Time, x0: Tensor, eta: float = 0.0, noise: Tensor | None = None) -> Tensor:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_t2i.processes.base import ContinuousProcess
+from lightning_t2i.processes.base import ContinuousProcess, Time
+from lightning_t2i.processes.conversions import expand
 
 
 class EDM(ContinuousProcess):
@@ -28,6 +29,9 @@ class EDM(ContinuousProcess):
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0):
         self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
         self.t_min, self.t_max, self.initial_scale = sigma_min, sigma_max, sigma_max
+
+    def initial(self, z: Tensor, t: Time | None = None) -> Tensor:
+        return z * self.initial_scale if t is None else z * expand(torch.as_tensor(t, device=z.device).to(z.dtype), z)
 
     def _alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         sigma = t.to(torch.float64)

@@ -524,6 +524,18 @@ def test_every_metric_of_the_regression(tmp_path, sd, sd_pairs, prompts, metrics
     assert len(set(values.values())) == 3
 
 
+@pytest.mark.parametrize("t", [1000.0, 0.0, -5.0])
+def test_times_that_a_student_cannot_have_are_refused(sd, t) -> None:
+    with pytest.raises(UserError, match="Not a student's time"):
+        method_of(sd, student_t=t).configure_model()
+
+
+@pytest.mark.parametrize("options", [{"every": 2}, {"start": 3}])
+def test_a_network_that_learns_in_every_step_may_not_rest(sd, options) -> None:
+    with pytest.raises(UserError, match="in every training step"):
+        method_of(sd, fake=update(**options)).configure_model()
+
+
 def test_lpips_of_small_pictures_is_resized(edm, metrics) -> None:
     method = method_of(edm, guidance=1.0, regression_metric="lpips", metric_weights=metrics["lpips"])
     method.configure_model()

@@ -211,6 +211,32 @@ def test_a_student_may_begin_elsewhere(tmp_path, edm) -> None:
     assert weights_hash(begun.teacher) == weights_hash(method.teacher)
 
 
+def test_a_student_that_begins_elsewhere_has_its_teachers_times(tmp_path) -> None:
+    """The shipped student's own schedule ends at 649; another prediction has no common start."""
+    method = method_of("assets/tiny/sd", student_from="assets/tiny/dmd", student_times=[999.0, 649.0])
+    method.configure_model()
+    assert method.student.process == method.teacher.process
+    with pytest.raises(UserError, match="another architecture"):
+        method_of("assets/tiny/sd", student_from="assets/tiny/pixart").configure_model()
+
+
+def test_real_pictures_in_place_of_samples_are_as_many(tmp_path, sd, prompts) -> None:
+    method = method_of(sd, student_times=TIMES, backward_simulation=False)
+    with pytest.raises(UserError, match="stand in for samples"):
+        trained(tmp_path, method, data(prompts, PictureStream(batch_size=2)), 1)
+    assert method.counters.step == 0
+
+
+def test_a_student_of_edm_begins_at_its_own_noise_level(edm) -> None:
+    """SiD's sigma of 2.5: what the network sees then has unit deviation, as when it was trained."""
+    method = method_of(edm, guidance=1.0, student_times=[2.5])
+    method.configure_model()
+    z = torch.randn(2, 3, 8, 8)
+    x, t, _ = method.student_input(z, None, torch.arange(2), None)
+    assert t == 2.5 and torch.equal(x, 2.5 * z)
+    torch.testing.assert_close(method.student.generate(z, None, 2.5), method.student.x0(2.5 * z, 2.5))
+
+
 def test_pixel_teachers_have_a_discriminator_too(tmp_path, edm, prompts) -> None:
     method = method_of(edm, guidance=1.0, gan_weight=0.1)
     method.configure_model()
@@ -269,7 +295,7 @@ def test_inputs_of_later_steps(sd, prompts, simulated) -> None:
     seen: dict[float, torch.Tensor] = {}
     for step in range(20):
         method.counters.step = step
-        x, t = method.student_input(z, cond, places, batch["real"])
+        x, t, own = method.student_input(z, cond, places, batch["real"])
         assert not x.requires_grad
         seen[float(t)] = x
         eps = method.keys.normal("student_eps", places, SHAPE)
@@ -285,6 +311,8 @@ def test_inputs_of_later_steps(sd, prompts, simulated) -> None:
                     clean = method.student.x0(method.process.add_noise(clean, between, 749), 749, cond)
         else:
             clean = method.codec.encode(batch["real"].image)
+            assert torch.equal(own.embeds, method.condition(batch["real"]).embeds)  # the caption of that picture
+            assert not torch.equal(own.embeds, cond.embeds)
         torch.testing.assert_close(x, method.process.add_noise(clean, eps, t))
     assert seen.keys() == set(TIMES)
 
@@ -501,6 +529,7 @@ def test_every_option_changes_the_training(losses, usual, options) -> None:
         ({"gan_weight": {5: 0.1}}, "begins at training step 0"),
         ({"student_from": "here", "lora_rank": 2}, "begin as the teacher"),
         ({"discriminator_weight": -1.0}, "negative"),
+        ({"matching_weight": 0.0, "gan_weight": 0.1}, "without matching"),
         ({"fake": update(every=2)}, "every training step"),
     ],
     ids=named,

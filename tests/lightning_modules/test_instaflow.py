@@ -443,8 +443,12 @@ def test_the_three_starts_of_a_diffusion_teacher(tmp_path, sd, sd_pairs, prompts
     torch.testing.assert_close(outputs["raw"], eps)  # the paper's: the output is v
     torch.testing.assert_close(outputs["negated"], -eps)
     assert torch.equal(outputs["converted"], outputs["negated"])  # before its own steps
+    begun = reflow(sd, init_steps=2, start="a run's checkpoint")
+    begun.configure_model()
+    assert not begun.converting  # what it begins with is a flow already
     method = reflow(sd, init_steps=2, init="converted")
     method.configure_model()
+    assert method.converting
     (pairs,) = batches(data(prompts, sd_pairs, sd), 1)
     at = method.points(pairs, Keys(0, 0))
     expected = squares(method.student(at.x_t, at.t, at.cond), method.teacher_velocity(at.x_t, at.t, at.cond)).mean()

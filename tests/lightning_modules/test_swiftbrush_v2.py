@@ -21,6 +21,7 @@ from lightning_t2i.cli.configs import merge
 from lightning_t2i.errors import UserError
 from lightning_t2i.forward_units import counting_units, differences
 from lightning_t2i.keys import Keys
+from lightning_t2i.metrics.clip_score import TransformersClip
 from lightning_t2i.networks.denoiser import Denoiser
 from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions
 from lightning_t2i.processes import DDPM
@@ -84,7 +85,8 @@ def test_the_clip_loss_is_that_of_decoded_pictures_and_has_a_gradient(sd) -> Non
     loss = method.student_loss(x, g, records)
     (found,) = torch.autograd.grad(loss, x)
     pictures = method.codec.decode(x)
-    fits = torch.cosine_similarity(method.clip.encode_image(pictures), method.clip.encode_text(records.caption))
+    shown = method.clip.encode_image(pictures, clamp=False)
+    fits = torch.cosine_similarity(shown, method.clip.encode_text(records.caption))
     expected = 0.3 * (0.35 - fits).clamp_min(0).mean()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(found, torch.autograd.grad(expected, x)[0])
@@ -225,6 +227,14 @@ def test_every_option_changes_the_training(tmp_path, sd, turbo, prompts, options
 def test_the_authors_values_are_the_defaults() -> None:
     method = SwiftBrushV2("x", clip=CLIP)
     assert (method.clip_weight, method.clip_threshold) == (0.1, 0.35)
+
+
+def test_the_clip_loss_reaches_pixels_beyond_the_range() -> None:
+    """Where a decoder overshoots, a clamped picture would have no gradient."""
+    clip, images = TransformersClip.from_pretrained(CLIP), torch.full((1, 3, 32, 32), 1.5, requires_grad=True)
+    for clamp, reached in ((True, False), (False, True)):
+        (gradient,) = torch.autograd.grad(clip.encode_image(images, clamp=clamp)[0, 0], images)
+        assert bool(gradient.abs().sum() > 0) == reached
 
 
 # ---- the average of two students -------------------------------------------------------------------------------------

@@ -99,6 +99,19 @@ def test_a_training_that_ended_is_not_begun_again(place, commands) -> None:
     assert [words[0] for words in commands.said] == ["export"]
 
 
+def test_the_end_of_a_training_of_other_words_is_not_this_ones(place, commands) -> None:
+    """train.py refuses to go on with another config; the chain must not take the old end for the new one's."""
+    assert main(["my.chain"]) == 0
+    (place / "runs/r").mkdir(parents=True)
+    (place / "runs/r/finished").write_text("{}")
+    (place / "a.yaml").write_text("trainer: {max_steps: 4}\n")
+    commands.said.clear()
+    run = commands.run
+    commands.run = lambda command: subprocess.CompletedProcess(run(command).args, 2 * (command[2] == "fit"))
+    assert [main(["my.chain"]), main(["my.chain"])] == [2, 2]
+    assert [words[0] for words in commands.said] == ["predict", "fit", "fit"]
+
+
 def test_an_export_has_its_name_when_it_is_whole(place, commands) -> None:
     main(["my.chain"])
     (place / "out/flow").rename(place / "out/flow.part")  # killed before the last rename

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from lightning_modules.teacher import Teacher
 from lightning_t2i.batch import Batch, Cond, Records
-from lightning_t2i.distillation import Inputs, Pipeline, joined, picture_distance, refuse_foreign_pairs
+from lightning_t2i.distillation import Inputs, Pipeline, joined, picture_distance, refuse_foreign_pairs, refuse_time
 from lightning_t2i.errors import UserError
 from lightning_t2i.keys import Keys
 from lightning_t2i.method import MethodModule
@@ -122,7 +122,7 @@ class DMD(MethodModule):
         common: options of the engine.
     """
 
-    may_rest = ("student",)
+    may_rest: tuple[str, ...] = ("student",)
 
     def __init__(
         self,
@@ -151,13 +151,17 @@ class DMD(MethodModule):
             raise UserError("Nothing is left to train on", where="model.matching_weight", given=0, allowed="above 0")
         if not all(0 <= t_min < high <= 1 for high in values_of(t_max, "model.t_max")):
             raise UserError("Not a range of times", where="model.t_min", given=t_min, allowed="0 <= t_min < t_max <= 1")
-        self.source, self.revision, self.guidance = teacher, revision, guidance
+        self.source, self.revision, self.guidance, self.val_steps = teacher, revision, guidance, val_steps
         self.matching_weight, self.dm_weight, self.t_min, self.t_max = matching_weight, dm_weight, t_min, t_max
         self.regression_weight, self.regression_metric = regression_weight, regression_metric
-        self.metric_weights, self.match_pairs, self.val_steps = metric_weights, match_pairs, val_steps
-        self.student_t, self.student_times, self.gradient_checkpointing = student_t, [student_t], gradient_checkpointing
+        self.metric_weights, self.match_pairs, self.student_t = metric_weights, match_pairs, student_t
+        # pairs_per_sample: rows of `pairs` for each of `main`, once training begins
+        self.student_times, self.gradient_checkpointing, self.pairs_per_sample = (
+            [student_t],
+            gradient_checkpointing,
+            1.0,
+        )
         self.options = {"student": student or paper_update(), "fake": fake or paper_update()}
-        self.pairs_per_sample = 1.0  # rows of `pairs` for each of `main`, once training begins
 
     def configure_model(self) -> None:
         pipeline = self.pipeline = Pipeline.load(self.source, self.revision, self.guidance)
@@ -165,9 +169,7 @@ class DMD(MethodModule):
         if not isinstance(self.process, DDPM | EDM):
             what, allowed = "DMD has no times and weights of this process", "a teacher of a ddpm or edm process"
             raise UserError(what, where="model.teacher", given=self.process.name, allowed=allowed)
-        if self.student_t is not None and not 0 < self.student_t <= self.process.t_max:
-            allowed = f"above 0, at most {self.process.t_max:g}, or null"
-            raise UserError("Not a student's time", where="model.student_t", given=self.student_t, allowed=allowed)
+        refuse_time(self.process, self.student_t)
         student, fake = self.copies(pipeline)
         dtype = torch.bfloat16 if self.common.precision == "bf16" else None
         self.add_frozen("teacher", pipeline.denoiser, pipeline.identity, dtype)
@@ -294,13 +296,12 @@ class DMD(MethodModule):
     @torch.no_grad()
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Mean absolute distance of G(z) from where the teacher's sampler ends, at noise that validations share."""
-        main = batch["main"]
-        keys, cond = self.keys.fork("validation"), self.condition(main)
-        z = keys.normal("z", main.position, self.shape)
+        main, keys = batch["main"], self.keys.fork("validation")
+        z, cond = keys.normal("z", main.position, self.shape), self.condition(main)
         end = sample(self.teacher, z, cond, self.val_steps, self.guidance)
         distance = (self.generate(self.generator_of("student"), z, cond, keys, main.position) - end).abs().mean()
-        stage = "test" if self.trainer.testing else "val"
-        self.log(f"{stage}/distance", distance, batch_size=len(main), sync_dist=True)
+        name = f"{'test' if self.trainer.testing else 'val'}/distance"
+        self.log(name, distance, batch_size=len(main), sync_dist=True)
 
     test_step = validation_step
 

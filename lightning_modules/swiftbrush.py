@@ -38,7 +38,7 @@ from torch import Tensor
 
 from lightning_modules.dmd import DMD, matching_loss
 from lightning_t2i.batch import Batch, Cond, Records
-from lightning_t2i.distillation import Pipeline
+from lightning_t2i.distillation import Pipeline, refuse_time
 from lightning_t2i.errors import UserError
 from lightning_t2i.networks.adapters import roles
 from lightning_t2i.networks.denoiser import Denoiser
@@ -200,8 +200,7 @@ class SwiftBrush(DMD):
         assert isinstance(self.process, DDPM)
         last = int(self.process.t_max)
         t = last if self.student_t is None else int(self.student_t)
-        if not 0 < t <= last:
-            raise UserError("Not a student's time", where="model.student_t", given=t, allowed=f"1 to {last}, or null")
+        refuse_time(self.process, t)
         if not self.reparameterised:
             student.prediction = "x0"
         elif self.alpha_T_sq is not None:

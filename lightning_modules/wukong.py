@@ -89,7 +89,7 @@ class Wukong(MethodModule):
         common: options of the engine.
     """
 
-    may_rest = ("image",)
+    may_rest: tuple[str, ...] = ("image",)
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ from lightning_t2i.networks.perceptual import LPIPS, PerceptualNetwork
 from lightning_t2i.networks.text_encoder import TextEncoder
 from lightning_t2i.pairs import teacher_identity
 from lightning_t2i.paths import resolve
+from lightning_t2i.processes import Process
 
 Inputs: TypeAlias = tuple[Tensor, Cond | None, Tensor]  # noise [B, C, h, w], condition, int64 keys of the draws [B]
 PAIRS_FIX = "make them with this teacher: python train.py predict and a config like those of configs/pairs"
@@ -135,6 +136,17 @@ def shapes_of(network: nn.Module) -> dict[str, torch.Size]:
     """Of the parameters that a copy to train has, by their names: EDM's embedding of augmentations is left out."""
     found = {name: parameter.shape for name, parameter in network.named_parameters()}
     return {name: shape for name, shape in found.items() if "augment_embedding" not in name}
+
+
+def refuse_time(process: Process, t: float | None) -> None:
+    """Refuses a time at which a student cannot be asked for x; None is the last one.
+
+    Raises:
+        UserError: there is only data at it, or it is none of the process's.
+    """
+    if t is not None and not 0 < t <= process.t_max:
+        allowed = f"above 0, at most {process.t_max:g}, or null"
+        raise UserError("Not a student's time", where="model.student_t", given=t, allowed=allowed)
 
 
 def refuse_foreign_pairs(

@@ -10,7 +10,9 @@ config is taken as it is but for the data: the first scenes of the shapes world,
 
 Losses agree to a relative 1e-4 in the first ten steps and to 1e-3 after: rounding differs between processors and
 versions of torch and grows over the steps (one commit of the tokenizer gave losses 1.7e-4 apart at step 19 on two
-machines), while a changed draw, weight or loss shows in the third digit at the latest.
+machines), while a changed draw, weight or loss shows in the third digit at the latest. A loss that is the square of a
+small difference, and objectives of pictures, are rougher: SwiftBrush's part by 2.2e-3 at step 18 and ECAD's by 3e-4 at
+step 1 between processors with AVX-512 and AVX2, and have five times the tolerance.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from lightning_t2i.paths import ROOT
 FOLDER = ROOT / "tests" / "golden"
 STEPS, BATCH, SCENES = 20, 8, 256
 GENERATIONS = {"ecad": 3}  # training steps of methods whose step is a search's generation
+ROUGH = {"ecad": 5.0, "swiftbrush": 5.0, "swiftbrush_v2": 5.0}  # factors of the tolerances
 EARLY, RTOL, LATER_RTOL = 10, 1e-4, 1e-3  # training steps up to which the first tolerance holds; then the second
 
 
@@ -209,8 +212,9 @@ def compare(golden: Golden, found: Golden) -> list[str]:
         if groups[0] != groups[1]:
             lines.append(f"step {step:2}: backwards {', '.join(groups[0])} -> {', '.join(groups[1])}")
             continue
+        tolerance = (RTOL if step <= EARLY else LATER_RTOL) * ROUGH.get(golden.method, 1.0)
         for (group, a), (_, b) in zip(old, new, strict=True):
-            if not math.isclose(a, b, rel_tol=RTOL if step <= EARLY else LATER_RTOL, abs_tol=1e-8):
+            if not math.isclose(a, b, rel_tol=tolerance, abs_tol=1e-8):
                 lines.append(f"step {step:2}: {group:16} {a:<14.8g} -> {b:<14.8g} {(b - a) / max(abs(a), 1e-8):+.2%}")
     others = [name for name in sorted(golden.frozen.keys() | found.frozen.keys()) if _changed(name, golden, found)]
     return lines and [*(f"frozen network {name} is another one" for name in others), *lines]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class MethodModule(Saved):
         common: seed, accumulation, precision and the other options that every method shares.
     """
 
-    may_rest: ClassVar[tuple[str, ...] | None] = None  # groups whose `every` and `start` are heeded; None: all
+    may_rest: tuple[str, ...] | None = None  # groups whose `every` and `start` are heeded; None: all
     quantizes = True  # False builds whole networks where `common.quantize` is set, for an export
 
     def __init__(self, common: MethodOptions | None = None):

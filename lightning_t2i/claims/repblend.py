@@ -81,11 +81,11 @@ def matrix(quick: bool = False) -> Matrix:
             len(FACTORS) + (len(REGIMES) - 1 if name == "repblend" else 0),
             {**facts, "factors": list(FACTORS)},
         )
-        known, first = {**limits, **students, "of": name, "other": name == "repblend"}, ("experts",)
+        known, first = {**limits, **students, "of": name, "other": name == "repblend"}, ["experts"]
         if name == "noise":
-            tuned, first = {**tuned, "regime_of": "tune-repblend"}, ("experts", "tune-repblend")
+            tuned, first = {**tuned, "regime_of": "tune-repblend"}, ["experts", "tune-repblend"]
         return (
-            Arm(f"tune-{name}", cells.tune, tuned, runs * steps, "iteration", STEP_S / 3, first),
+            Arm(f"tune-{name}", cells.tune, tuned, runs * steps, "iteration", STEP_S / 3, tuple(first)),
             Arm(name, cells.distil, {**facts, "tuned": f"tune-{name}"}, steps, "iteration", STEP_S,
                 ("experts", f"tune-{name}")),
             Arm(f"know-{name}", cells.know, known, 1, "test", KNOW_S, ("experts", name)),

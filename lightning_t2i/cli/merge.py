@@ -66,7 +66,7 @@ def _of_run(request: Request, out: Path, text: str | None) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError("The folder exists", where="OUT", given=str(out), fix="name a new folder or remove it")
     request.overrides = [pair for pair in request.overrides if pair[0] != "weights"]
-    if text is None and "merge.search" in (given := dict(request.overrides)) and "merge.weights" not in given:
+    if text is None and "merge.search" in (asked := dict(request.overrides)) and "merge.weights" not in asked:
         request.overrides.append(("merge.weights", "null"))  # a search that is asked for beats weights of the config
     request.overrides += [
         ("merge.enabled", "true"),

@@ -72,6 +72,8 @@ def test_rounding_that_has_grown_is_allowed_for_in_later_steps() -> None:
     assert compare(run(1, 1.0), run(11, 1.0009)) == []
     assert len(compare(run(1, 1.0), run(11, 1.0011))) == 1
     assert len(compare(run(1, 1.0), run(10, 1.0009))) == 1
+    rough = [replace(run(11, factor), method="swiftbrush") for factor in (1.0, 1.004, 1.006)]
+    assert compare(*rough[:2]) == [] and len(compare(rough[0], rough[2])) == 1
 
 
 def test_another_frozen_network_is_named_as_a_cause_and_is_none_by_itself() -> None:

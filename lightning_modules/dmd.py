@@ -154,13 +154,9 @@ class DMD(MethodModule):
         self.source, self.revision, self.guidance, self.val_steps = teacher, revision, guidance, val_steps
         self.matching_weight, self.dm_weight, self.t_min, self.t_max = matching_weight, dm_weight, t_min, t_max
         self.regression_weight, self.regression_metric = regression_weight, regression_metric
-        self.metric_weights, self.match_pairs, self.student_t = metric_weights, match_pairs, student_t
-        # pairs_per_sample: rows of `pairs` for each of `main`, once training begins
-        self.student_times, self.gradient_checkpointing, self.pairs_per_sample = (
-            [student_t],
-            gradient_checkpointing,
-            1.0,
-        )
+        self.metric_weights, self.match_pairs = metric_weights, match_pairs
+        self.student_t, self.student_times, self.gradient_checkpointing = student_t, [student_t], gradient_checkpointing
+        self.pairs_per_sample = 1.0  # rows of `pairs` for each of `main`, once training begins
         self.options = {"student": student or paper_update(), "fake": fake or paper_update()}
 
     def configure_model(self) -> None:
@@ -193,8 +189,7 @@ class DMD(MethodModule):
         assert not any(p.requires_grad for p in self.teacher.parameters()), "the teacher must stay frozen"
         if self.regression_weight or self.match_pairs:
             streams = self.trainer.datamodule.training
-            recipe = Teacher(self.source, revision=self.revision).recipe
-            refuse_foreign_pairs(streams.get("pairs"), recipe, self.shape)
+            refuse_foreign_pairs(streams.get("pairs"), Teacher(self.source, revision=self.revision).recipe, self.shape)
             self.pairs_per_sample = streams["pairs"].batch_size / streams["main"].batch_size
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -237,8 +232,8 @@ class DMD(MethodModule):
         """The uniform law between two shares of T, both ends included."""
         edm = isinstance(self.process, EDM)
         levels = LEVELS if edm else int(self.process.t_max) + 1
-        first, last = round(low * levels), min(round(high * levels), levels - 1)
-        return Karras(count=levels, low=first, high=last + 1) if edm else Uniform(low=first, high=last + 1)
+        ends = {"low": round(low * levels), "high": min(round(high * levels), levels - 1) + 1}
+        return Karras(count=levels, **ends) if edm else Uniform(**ends)
 
     def noised(self, x: Tensor, places: Tensor, name: str, *shares: float) -> tuple[Tensor, Tensor, Tensor]:
         """(x_t, eps, t) of x [B, C, h, w] with the draws called `name`; shares of T as in `times`."""
@@ -252,8 +247,8 @@ class DMD(MethodModule):
         x_t, _, t = self.noised(x, places, "matching", self.t_min, value_at(self.t_max, self.counters.step))
         real = guided(self.teacher.x0, x_t, t, cond, self.guidance)
         fake, w = self.fake.x0(x_t, t, cond), residual(x, real)
-        gap, clamped = (fake - real).abs().mean(), (w < SMALLEST).sum()
-        self.note(**{"student/w": w.mean(), "student/clamped": clamped, "student/gap": gap})
+        found = {"w": w.mean(), "clamped": (w < SMALLEST).sum(), "gap": (fake - real).abs().mean()}
+        self.note(**{f"student/{name}": value for name, value in found.items()})
         return matching_gradient(x, real, fake, *self.process.alpha_sigma(t, torch.float64), self.dm_weight)
 
     def regression(self, x_ref: Tensor, pairs: Records) -> Tensor:
@@ -300,8 +295,8 @@ class DMD(MethodModule):
         z, cond = keys.normal("z", main.position, self.shape), self.condition(main)
         end = sample(self.teacher, z, cond, self.val_steps, self.guidance)
         distance = (self.generate(self.generator_of("student"), z, cond, keys, main.position) - end).abs().mean()
-        name = f"{'test' if self.trainer.testing else 'val'}/distance"
-        self.log(name, distance, batch_size=len(main), sync_dist=True)
+        stage = "test" if self.trainer.testing else "val"
+        self.log(f"{stage}/distance", distance, batch_size=len(main), sync_dist=True)
 
     test_step = validation_step
 

@@ -1,5 +1,6 @@
 """Every shipped config parses and stays short; paper-scale networks have their published sizes."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import yaml
 
 from lightning_t2i.cli.configs import merge
+from lightning_t2i.cli.runs import config_name
 from lightning_t2i.cli.session import Session
 from lightning_t2i.networks.load import build_network
 from lightning_t2i.paths import ROOT
@@ -52,6 +54,13 @@ def test_config_parses(session, path):
 def test_config_states_differences_in_forty_lines(path):
     assert len(path.read_text().splitlines()) <= 40
     assert path.read_text().startswith("#"), "the first line says what the config is for"
+
+
+def test_runs_that_configs_read_have_the_names_that_fit_gives_them():
+    names = {config_name(path) for path in RUNNABLE}
+    read = {(path, name) for path in CONFIGS for name in re.findall(r"\bruns/([\w.-]+)", path.read_text())}
+    assert read
+    assert sorted((str(path.relative_to(ROOT)), name) for path, name in read if name not in names) == []
 
 
 @pytest.mark.parametrize(("name", "size"), SIZES.items())

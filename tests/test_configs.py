@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_t2i.cli.configs import merge
+from lightning_t2i.cli.configs import flatten, merge
 from lightning_t2i.cli.runs import config_name
 from lightning_t2i.cli.session import Session
 from lightning_t2i.networks.load import build_network
@@ -104,6 +104,14 @@ def test_every_method_takes_every_trainer_by_one_base_line(session, tmp_path, me
     assert world.mesh == TRAINERS[trainer]
     assert common.get("precision", "fp32") == ("fp32" if trainer == "cpu" else "bf16")
     assert facts["max_steps"] == merge([ROOT / f"configs/{method}/tiny.yaml"]).config["trainer"]["max_steps"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_on_the_cpu_change_nothing_else(method):
+    configs = [ROOT / f"configs/{name}.yaml" for name in (f"{method}/tiny", "trainer/cpu_two")]
+    one, two = (flatten(merge(configs[:n]).config) for n in (1, 2))
+    changed = {key.removeprefix("trainer.") for key in one | two if one.get(key) != two.get(key)}
+    assert changed == {"devices", "strategy.class_path", "strategy.init_args.shard"}
 
 
 def test_no_config_repeats_anothers_values():

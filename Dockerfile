@@ -4,14 +4,15 @@
 ARG PYTHON=3.12
 FROM python:${PYTHON}-slim
 
-# torch.compile calls a C compiler; git lets a run record the commit it was started from.
-RUN apt-get update && apt-get install -y --no-install-recommends gcc g++ git && rm -rf /var/lib/apt/lists/*
+# torch.compile calls a C compiler. The image has neither git nor .git: env.json of a run names no commit.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc g++ && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /app
 ARG TORCH_SPEC=torch>=2.11
 ENV TORCH_SPEC=${TORCH_SPEC} PIP_NO_CACHE_DIR=1 NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY . .
 RUN ./run setup
+ENV PATH=/app/.venv/bin:${PATH}
 
 ENTRYPOINT ["./run"]
 CMD ["--help"]

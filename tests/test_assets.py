@@ -28,7 +28,8 @@ from lightning_t2i.token_pipeline import TokenPipeline
 TINY = Path(__file__).parent.parent / "assets/tiny"
 PIPELINES = ("sd", "pixart", "flux", *STUDENTS, "ddpm", "edm")
 MADE = (*STUDENTS, "fluid")  # by the methods; the others are what methods start from
-FOLDERS = ("vae", "vq", "classifier", "perceptual", "clip", *PIPELINES, "fluid", "pairs", "points", "tokenizers")
+DATA = ("pairs", "points", "statistics", "tokenizers")
+FOLDERS = ("vae", "vq", "classifier", "perceptual", "clip", *PIPELINES, "fluid", *DATA)
 TEACHERS = ("sd", "pixart", "flux")
 PROMPTS = ["a red circle", "two blue squares", "a green triangle above a yellow cross"]
 

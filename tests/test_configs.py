@@ -1,12 +1,14 @@
 """Every shipped config parses and stays short; paper-scale networks have their published sizes."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
-from lightning_t2i.cli.configs import merge
+from lightning_t2i.cli.configs import flatten, merge
+from lightning_t2i.cli.runs import config_name
 from lightning_t2i.cli.session import Session
 from lightning_t2i.networks.load import build_network
 from lightning_t2i.paths import ROOT
@@ -54,6 +56,13 @@ def test_config_states_differences_in_forty_lines(path):
     assert path.read_text().startswith("#"), "the first line says what the config is for"
 
 
+def test_runs_that_configs_read_have_the_names_that_fit_gives_them():
+    names = {config_name(path) for path in RUNNABLE}
+    read = {(path, name) for path in CONFIGS for name in re.findall(r"\bruns/([\w.-]+)", path.read_text())}
+    assert read
+    assert sorted((str(path.relative_to(ROOT)), name) for path, name in read if name not in names) == []
+
+
 @pytest.mark.parametrize(("name", "size"), SIZES.items())
 def test_architecture_has_its_published_size(name, size):
     with torch.device("meta"):
@@ -95,6 +104,14 @@ def test_every_method_takes_every_trainer_by_one_base_line(session, tmp_path, me
     assert world.mesh == TRAINERS[trainer]
     assert common.get("precision", "fp32") == ("fp32" if trainer == "cpu" else "bf16")
     assert facts["max_steps"] == merge([ROOT / f"configs/{method}/tiny.yaml"]).config["trainer"]["max_steps"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_on_the_cpu_change_nothing_else(method):
+    configs = [ROOT / f"configs/{name}.yaml" for name in (f"{method}/tiny", "trainer/cpu_two")]
+    one, two = (flatten(merge(configs[:n]).config) for n in (1, 2))
+    changed = {key.removeprefix("trainer.") for key in one | two if one.get(key) != two.get(key)}
+    assert changed == {"devices", "strategy.class_path", "strategy.init_args.shard"}
 
 
 def test_no_config_repeats_anothers_values():

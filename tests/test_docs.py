@@ -22,20 +22,26 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_t2i.cli.configs import merge
+from lightning_t2i.cli.configs import flatten, merge
 from lightning_t2i.cli.listing import methods, methods_table
 from lightning_t2i.cli.main import VERBS, parse
 from lightning_t2i.cli.session import Session
 from lightning_t2i.paths import ROOT
 
-DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+CARDS = sorted((ROOT / "assets" / "tiny").glob("*/README.md"))
+DOCUMENTS = [*sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]), *CARDS]
 TUTORIAL = ROOT / "docs" / "add-a-method.md"
 LONG = "LIGHTNING_T2I_LONG_TESTS"  # environment variable
 GAP = 0.5  # of the tutorial's student after 30 steps, below it; before the first step it is above
 RUN_VERBS = {"setup", "lint", "test", "slurm-test", "proof", "--help"}  # of ./run itself
 USERS = ("my_", "my-", "your")  # names that a page invents for its reader's own files
 
-by_name = pytest.mark.parametrize("file", DOCUMENTS, ids=lambda f: f.name)
+
+def short(file: Path) -> str:
+    return f"{file.parent.name}/{file.name}" if file in CARDS else file.name
+
+
+by_name = pytest.mark.parametrize("file", DOCUMENTS, ids=short)
 
 
 @dataclass
@@ -48,8 +54,12 @@ class Block:
 
 
 def blocks(markdown: str) -> list[Block]:
-    pattern = r"(?:<!-- *(?P<note>[^\n]*?) *-->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$"
-    return [Block(m["note"] or "", m["language"], m["text"]) for m in re.finditer(pattern, markdown, flags=re.M | re.S)]
+    """Those of lists too, without the indentation of their fence."""
+    pattern = r"(?:<!-- *(?P<note>[^\n]*?) *-->\n)?^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$"
+    return [
+        Block(m["note"] or "", m["language"], re.sub(rf"^{m['indent']}", "", m["text"], flags=re.M))
+        for m in re.finditer(pattern, markdown, flags=re.M | re.S)
+    ]
 
 
 def written(markdown: str) -> set[str]:
@@ -67,9 +77,12 @@ def commands(markdown: str) -> list[list[str]]:
         if block.language == "bash":
             for line in block.text.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
-                while words and re.fullmatch(r"[A-Z][A-Z_0-9]*=.*", words[0]):
-                    words = words[1:]
-                found += [words] if words else []
+                while words:
+                    end = words.index("&&") if "&&" in words else len(words)
+                    command, words = words[:end], words[end + 1 :]
+                    while command and re.fullmatch(r"[A-Z][A-Z_0-9]*=.*", command[0]):
+                        command = command[1:]
+                    found += [command] if command else []
     return found
 
 
@@ -108,6 +121,7 @@ def test_missing_names_are_found() -> None:
     assert blocks(page) == [Block("run: write configs/a.yaml", "yaml", "x: 1\n"), Block("", "", "b\n")]
     assert unknown_files(page) == []
     assert commands("```bash\nA=1 ./run fit \\\n  --run 'a b' # why\n```") == [["./run", "fit", "--run", "a b"]]
+    assert commands("- x:\n\n  ```bash\n  rm -r a && B=2 mv b a\n  ```\n") == [["rm", "-r", "a"], ["mv", "b", "a"]]
 
 
 @by_name
@@ -172,6 +186,60 @@ def test_wrong_commands_are_noticed(line: str, session: Session) -> None:
     assert complaint
 
 
+def refused_exports(found: list[list[str]]) -> list[str]:
+    """Exports of shipped folders that would stop: the folder is there, or it is gone and the run's config reads it."""
+    configs: dict[str, str] = {}
+    gone: set[str] = set()
+    wrong = []
+    for words in found:
+        if words[:3] == ["python", "train.py", "fit"]:
+            configs[words[words.index("--run") + 1]] = words[words.index("--config") + 1]
+        elif words[:2] == ["rm", "-r"]:
+            gone |= set(words[2:])
+        elif words[:3] == ["python", "train.py", "export"]:
+            out, run = words[3], words[words.index("--run") + 1]
+            known = merge([ROOT / configs[run]]).config
+            if (ROOT / out).exists() and (out not in gone or out in flatten(known).values()):
+                wrong.append(out)
+            gone.discard(out)
+    return wrong
+
+
+@pytest.mark.parametrize("file", CARDS, ids=short)
+def test_cards_rebuild_what_is_there(file: Path) -> None:
+    assert refused_exports(commands(file.read_text(encoding="utf-8"))) == []
+
+
+def test_an_export_into_a_folder_or_of_what_it_needs_is_noticed() -> None:
+    fit, export = "python train.py fit --config configs/tokenizer/tiny_decoder.yaml --run a", "python train.py export"
+    vae, sd = "assets/tiny/vae", "assets/tiny/sd"
+    assert refused_exports([fit.split(), f"{export} {sd} --run a".split()]) == [sd]
+    assert refused_exports([fit.split(), ["rm", "-r", sd], f"{export} {sd} --run a".split()]) == []
+    assert refused_exports([fit.split(), ["rm", "-r", vae], f"{export} {vae} --run a".split()]) == [vae]
+
+
+def configs_named(markdown: str) -> set[str]:
+    """Configs by their last folder and name: as a path, or as a name in code font behind another one of its folder."""
+    found = set()
+    for line in markdown.splitlines():
+        folder = ""
+        for there, name in re.findall(r"(?:([\w-]+)/|`)([\w.-]+\.yaml)", line):
+            folder = there or folder
+            found.add(f"{folder}/{name}")
+    return found
+
+
+def test_every_config_is_in_a_page() -> None:
+    named = set().union(*(configs_named(file.read_text(encoding="utf-8")) for file in DOCUMENTS))
+    configs = [file.relative_to(ROOT) for file in sorted((ROOT / "configs").rglob("*.yaml"))]
+    assert [str(file) for file in configs if "/".join(file.parts[-2:]) not in named] == []
+
+
+def test_names_of_configs_are_found() -> None:
+    text = "`configs/a/b.yaml`, `c.yaml`: base [../d/e.yaml]\n`f.yaml` and configs/g.yaml"
+    assert configs_named(text) == {"a/b.yaml", "a/c.yaml", "d/e.yaml", "/f.yaml", "configs/g.yaml"}
+
+
 def test_every_verb_is_described_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [verb for verb in VERBS if f"`{verb}`" not in readme] == []
@@ -191,7 +259,7 @@ def differs_from_source(block: Block) -> bool:
 def test_samples_are_the_code(file: Path) -> None:
     samples = [b for b in blocks(file.read_text(encoding="utf-8")) if b.note.startswith("from ")]
     assert [b.text for b in samples if differs_from_source(b)] == []
-    assert samples or file.name != "README.md"
+    assert samples or file != ROOT / "README.md"
 
 
 def test_a_changed_sample_is_noticed() -> None:

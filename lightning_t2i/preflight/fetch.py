@@ -38,7 +38,8 @@ def hub_sources(config: Mapping[str, Any]) -> set[Source]:
         if isinstance(value, Mapping):
             found |= hub_sources(value)
         elif key in NAMES and is_hub_id(value):
-            found.add((value, (config.get("revision") if key != "student_from" else None) or "main"))
+            given = config.get(f"{key}_revision", config.get("revision"))  # one of its own, as text_revision
+            found.add((value, (given if key != "student_from" else None) or "main"))
     return found
 
 

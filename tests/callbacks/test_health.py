@@ -69,6 +69,12 @@ def test_signals_are_logged_and_a_healthy_run_is_silent(studio, caplog: pytest.L
     assert alarms(caplog) == [] and callback.alarms == set()
 
 
+def test_each_prompt_has_as_many_pictures_as_it_is_given_noises(studio) -> None:
+    method = studio.Painter()
+    watched(studio, method=method, steps=1, noises=2)
+    assert [positions for _, positions in method.sampled] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
 def painter(studio: Any, paint: Any) -> Any:
     class Sick(studio.Painter):
         def sample(self, cond: Any, keys: Any, positions: Tensor) -> Tensor:

@@ -591,6 +591,8 @@ def test_memory_on_each_process(repo, capsys, config, network, shards, precision
     ema = 4 * weights if options["student"].get("ema") else 0
     gigabytes = (16 * (2 * weights + head) + ema + 2 * weights) / shards / 1e9
     processes = merged["trainer"].get("num_nodes", 1) * 8
+    mesh = merged["trainer"]["strategy"]["init_args"]
+    assert mesh == {"replicate": None, "shard": 1 if shards == 1 else None}  # null: the 8 devices of a node
     with capsys.disabled():
         print(f"\ndmd2/{config}: {weights / 1e6:.0f} M weights, head {head / 1e6:.0f} M, {gigabytes:.1f} GB", end=" ")
         print(f"of weights, gradients and states on each of {processes} processes")

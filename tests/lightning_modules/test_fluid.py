@@ -8,6 +8,7 @@ P13 and P16 here.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,8 @@ def test_trimmed_captions_and_recomputed_activations_change_nothing(folder) -> N
         masked_mean(terms.total, weight, weight.sum()).backward()
         gradients.append([p.grad for p in method.transformer.parameters() if p.grad is not None])
     assert built(folder, gradient_checkpointing=True).transformer.gradient_checkpointing
+    whole, trimmed = (built(folder, trim=trim).condition(records(0, 4)).embeds for trim in (False, True))
+    assert trimmed.shape[1] < whole.shape[1]
     for others in gradients[1:]:
         for a, b in zip(gradients[0], others, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -484,10 +487,14 @@ def test_pictures_of_another_size_are_named(folder) -> None:
         built(folder).pipeline.tokens(records(0, 2, side=32))
 
 
-def test_no_caption_is_the_null_text(folder) -> None:
-    method = built(folder)
-    empty = method.condition(Records.of_prompts(["", "red"]))
-    assert drawn(method).shape == method.sample(empty, Keys(0), torch.arange(2)).shape
+def test_no_token_is_the_null_text_and_an_empty_caption_a_text_of_its_own(folder) -> None:
+    method, places = built(folder), torch.arange(2)
+    null = drawn(method, guidance=0.0, schedule="constant")
+    cond, empty = (method.condition(Records.of_prompts(captions)) for captions in (["red", "two"], ["", ""]))
+    without = replace(cond, mask=torch.zeros_like(cond.mask))
+    torch.testing.assert_close(method.sample(without, Keys(0), places, guidance=1.0), null)
+    for other in (cond, empty):
+        assert not torch.allclose(method.sample(other, Keys(0), places, guidance=1.0), null, atol=1e-2)
 
 
 # ---- processes (P16) -----------------------------------------------------------------------------------------------

@@ -363,6 +363,21 @@ def test_P11_a_residual_stack_begins_as_the_single_network(sd, junction) -> None
     assert float(method.student.backbone.gate.grad.abs()) > 0
 
 
+@pytest.mark.parametrize("junction", [None, "full"])
+def test_gradient_checkpointing_keeps_the_gradients(sd, junction) -> None:
+    gradients, z = [], noise(torch.arange(2), (4, 8, 8))
+    for on in (False, True):
+        method = one_step(sd, junction=junction, gradient_checkpointing=on)
+        method.configure_model()
+        assert method.student.backbone.is_gradient_checkpointing is on
+        assert not method.teacher.backbone.is_gradient_checkpointing
+        cond = method.condition(Records.of_prompts(["red square", "two"]))
+        method.student.train().generate(z, cond).square().mean().backward()
+        gradients.append({name: p.grad for name, p in method.student.named_parameters() if p.grad is not None})
+    assert isinstance(method.student.backbone, StackedUNet) is (junction is not None)
+    same(*gradients, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("junction", ["full", "features", "drop_top"])
 def test_stacks_train_and_are_read_again(tmp_path, sd, sd_pairs, prompts, junction) -> None:
     method = one_step(sd, junction=junction)

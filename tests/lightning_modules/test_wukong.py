@@ -234,9 +234,11 @@ def test_P6_grouped_linear_is_the_grouped_convolution():
 
 def test_P6_the_class_token_takes_no_part(tmp_path):
     module = wukong(tmp_path, style="r")
-    states = module.image.backbone(torch.zeros(1, 3, 16, 16)).last_hidden_state
-    assert states.shape[1] == 5
-    assert module.image(torch.zeros(1, 3, 16, 16)).shape == (1, 4, 12)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in module.image.normalise)
+    states = module.image.backbone(((images + 1) / 2 - mean) / deviation).last_hidden_state
+    assert states.shape == (2, 5, 12)
+    torch.testing.assert_close(module.image(images), module.image.backbone.post_layernorm(states[:, 1:]))
     assert module.encode_image(torch.zeros(2, 3, 16, 16)).shape == (2, 3, 8)
 
 

@@ -12,6 +12,7 @@ import torch
 from pictures import fit
 from repblend_parts import TwoCaptions
 from torch.nn.functional import normalize
+from transformers import CLIPConfig, CLIPModel
 from weights import weights_hash
 from wukong_parts import IMAGE, image_folder
 
@@ -97,6 +98,35 @@ def test_it_learns_the_pairs_and_nothing_but_projections_and_the_scale_moves(tmp
     y = pipeline.encode_text([f"a picture with the number {i}" for i in range(PAIRS)])
     assert x.shape == y.shape == (PAIRS, 8)
     assert (pipeline.similarity(x, y)[0].argmax(1) == torch.arange(PAIRS)).float().mean() > 0.7
+
+
+def test_logits_begin_at_the_scale(tmp_path) -> None:
+    found = []
+    for scale in (2.0, 20.0):
+        module = method(tmp_path, scale=scale)
+        module.configure_model()
+        stream = SyntheticPairs(module.targets, 6)
+        stream.setup()
+        stream.begin(0, "main")
+        loss, noted = module.set_loss(stream.load(range(6), 0))
+        assert float(noted["scale"]) == pytest.approx(scale)
+        found.append(float(loss.detach()))
+    assert found[0] != pytest.approx(found[1], rel=0.05)
+
+
+@pytest.mark.parametrize("lock", [False, True])
+def test_a_locked_projection_is_the_towers_own_and_stays(tmp_path, lock) -> None:
+    torch.manual_seed(5)
+    vision = {name: value for name, value in IMAGE.items() if name != "_class_name"}
+    vision |= {"image_size": 8, "patch_size": 4}
+    text = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    clip = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=8))
+    clip.save_pretrained(tmp_path / "image")
+    module = method(tmp_path, lock_projection=lock)
+    fit(tmp_path, module, 2, streams(module.targets), limit_val_batches=0)
+    weight = module.towers.image_projection.weight
+    assert weight.requires_grad is not lock
+    assert torch.equal(weight.detach(), clip.visual_projection.weight) is lock
 
 
 def test_real_captions_are_retrieved_in_validation(tmp_path) -> None:

@@ -138,6 +138,9 @@ def test_sources_of_a_config():
     config = {"model": {"init_args": model}, "data": {"pairs": pairs, "latents": "owner/vae"}}
     wanted = {("owner/tiny", "abc"), ("owner/tiny", "def"), ("owner/student", "main"), ("owner/vae", "main")}
     assert hub_sources(config) == wanted
+    for own in ("ghi", None):
+        found = hub_sources({"text": "owner/bert", "revision": "abc", "text_revision": own})
+        assert found == {("owner/bert", own or "main")}
     ours = ("assets/tiny", "exported/mine", "a/b/c", "./a", "configs/x.json", None, 3)
     assert [x for x in ours if is_hub_id(x)] == []
 

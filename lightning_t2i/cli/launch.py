@@ -35,7 +35,7 @@ def token() -> str | None:
             found.append(str(Path(file).parents[1]))
         elif os.environ["TORCHELASTIC_RUN_ID"] == "none" and "SLURM_STEP_ID" not in os.environ:
             raise UserError(
-                "Nothing tells this start of torchrun from an earlier one, whose decision rank 1 might take for rank 0's",
+                "Nothing tells this start of torchrun from an earlier one, whose word rank 1 might take for rank 0's",
                 where="torchrun",
                 given="static rendezvous without --rdzv-id",
                 fix="--standalone on one machine; on several --rdzv-backend c10d --rdzv-endpoint HOST:PORT "

@@ -18,6 +18,7 @@ from wandb_reader import history
 from lightning_t2i.cli import launch, runs, verbs
 from lightning_t2i.cli.main import main
 from lightning_t2i.errors import UserError
+from lightning_t2i.guards import NonFiniteError
 from lightning_t2i.proof.compare import logged
 from lightning_t2i.state_io import AtomicCheckpointIO, newest
 
@@ -180,6 +181,22 @@ def test_a_killed_run_ends_like_one_that_was_not(config, tmp_path, repo, kill_at
     told = {row["trainer/global_step"]: row["critic/loss"] for row in history(run / "wandb") if "critic/loss" in row}
     expected = {line["step"]: line["critic/loss"] for line in logged(run)}
     assert told == pytest.approx(expected)
+
+
+def test_what_a_run_cost_is_told_however_it_ends(config, tmp_path) -> None:
+    file = tmp_path / "runs" / "toy" / "cost.json"
+    with pytest.raises(NonFiniteError):
+        fit(config, "--model.poison_step", "3", "--trainer.enable_progress_bar", "false", "--debug")
+    broken = json.loads(file.read_text())
+    assert (broken["steps"], broken["samples"]) == (3, 32) and broken["seconds"] > 0
+    assert fit(config, "--fresh") == 0
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps(broken))
+    (file.parent / "finished").unlink()  # as after a kill behind the last save
+    assert fit(config) == 0
+    found = json.loads(file.read_text())
+    assert {k: found[k] for k in ("steps", "samples", "processes")} == {"steps": 12, "samples": 96, "processes": 1}
+    assert 0 < found["seconds"] <= whole["seconds"] + 0.1  # nothing was trained since
 
 
 def test_the_checkpoint_carries_the_wandb_id(config, tmp_path) -> None:

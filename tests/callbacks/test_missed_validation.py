@@ -61,11 +61,10 @@ def test_nothing_is_made_up_that_was_not_due(tmp_path, options) -> None:
 
 
 def test_the_command_has_it_behind_the_others(tmp_path, monkeypatch) -> None:
-    found: list[list[str]] = []
-    monkeypatch.setattr(L.Trainer, "fit", lambda self, *_, **__: found.append([type(c).__name__ for c in self.callbacks]))
+    names: list[str] = []
+    monkeypatch.setattr(L.Trainer, "fit", lambda self, *_, **__: names.extend(type(c).__name__ for c in self.callbacks))
     monkeypatch.setenv("LIGHTNING_T2I_RUNS", str(tmp_path / "runs"))
     config = tmp_path / "toy.yaml"
     config.write_text("model: {class_path: toy.Toy}\ndata: {class_path: toy.ToyData}\n")
     assert main(["fit", "--config", str(config), "--trainer.accelerator", "cpu", "--trainer.max_steps", "2"]) == 0
-    names = found[0]
     assert names.index("Checkpoints") < names.index("MissedValidation") < names.index("Preemption")

@@ -89,6 +89,27 @@ def test_small_frozen_networks_stay_whole_and_large_ones_are_cut(ranks):
             torch.testing.assert_close(output, expected)
 
 
+def scaled(rank: int, trained: bool) -> list:
+    """A network with a parameter that has no dimension, on a mesh of its own."""
+    net = network()
+    net.scale = torch.nn.Parameter(torch.tensor(3.0), requires_grad=trained)
+    net.outside.register_forward_hook(lambda module, given, out: out * net.scale)
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
+    try:
+        shard_network(net, mesh, "bf16")
+    except UserError as error:
+        return [str(error)]
+    return [isinstance(net.scale, DTensor), isinstance(net.inside.weight, DTensor), net(X).detach()]
+
+
+def test_a_frozen_scalar_stays_whole_and_a_trained_one_is_refused(ranks):
+    ((is_cut, others_are, output),) = ranks(scaled, False, world=1)
+    assert not is_cut and others_are
+    torch.testing.assert_close(output.float(), 3 * network()(X).detach(), rtol=0.05, atol=0.05)
+    ((message,),) = ranks(scaled, True, world=1)
+    assert "without dimensions" in message and "scale" in message
+
+
 def test_blocks_are_found_innermost_first_and_roots_declared():
     net = network()
     assert [type(b) for b in blocks(net)] == [Block, Block]

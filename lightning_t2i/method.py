@@ -184,9 +184,10 @@ class MethodModule(Saved):
     # ---- the training step ---------------------------------------------------------------------------------------
 
     def _begin(self, batch: Batch) -> None:
-        last = self.counters.micro + 1 == self.common.accumulate
+        # Until they are reduced, gradients of shards wait where `backward` cannot tell whose they are.
+        reduced = self.counters.micro + 1 == self.common.accumulate or len(self.groups) > 1
         for group in self.groups.values():
-            set_gradient_sync(group.network, last)
+            set_gradient_sync(group.network, reduced)
         self.keys.seed_globals(self.counters.micro, self.global_rank)
         self._seen.append({name: records.id.tolist() for name, records in batch.items()})
 

@@ -84,8 +84,8 @@ def fit(request: Request) -> int:
         where, fix = "--ckpt_path", "--run NAME"
         raise UserError("fit resumes from its own run folder", where=where, given=request.ckpt_path, fix=fix)
     if config["trainer"]["fast_dev_run"]:
-        with tempfile.TemporaryDirectory() as folder:
-            return _rehearse(session, config, Path(folder))
+        with tempfile.TemporaryDirectory() as temporary:
+            return _rehearse(session, config, Path(temporary))
     folder = runs.runs_root() / runs.run_name(request.run, request.configs)
     trainer = session.build(folder, [], [Record(folder, runs.config_hash(config))])
     fresh = request.fresh and not restarted()

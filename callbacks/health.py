@@ -177,8 +177,10 @@ class Health(L.Callback):
 
     def _of_networks(self, trainer: L.Trainer, module: Any) -> dict[str, float]:
         values = {}
-        if len(self._norms) > 1:  # a norm that is not a number stays one in torch's extremes, unlike in Python's
-            norms = torch.tensor([float(norm) for norm in self._norms.values()])
+        # A norm that is not a number stays one in torch's extremes, unlike in Python's.
+        norms = torch.tensor([float(norm) for norm in self._norms.values()])
+        norms = norms[norms != 0]  # groups at rest, such as an adversary whose weight is 0
+        if len(norms) > 1:
             values["gradient_ratio"] = float(norms.max() / norms.min().clamp_min(1e-12))
         if self._gap is not None:
             gap = torch.as_tensor(self._gap, dtype=torch.float32, device=module.device)

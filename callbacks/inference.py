@@ -55,7 +55,8 @@ def records_of(trainer: L.Trainer, split: str) -> Iterator[Records]:
 def first_records(trainer: L.Trainer, split: str, n: int, device: torch.device | str) -> Iterator[Records]:
     """The first batches of `records_of`, on `device`, until all ranks together have at least n records.
 
-    Shares of whole batches are equal, so all ranks stop after the same one: what they compute may be collective.
+    Ranks count together, for their shares differ where the data has buckets: all stop after the same batch, and what
+    they compute may be collective.
 
     Raises:
         UserError: the split has no records.
@@ -63,11 +64,18 @@ def first_records(trainer: L.Trainer, split: str, n: int, device: torch.device |
     seen = 0
     for records in records_of(trainer, split):
         yield records.to(device)
-        seen += len(records) * trainer.world_size
+        seen += _together(trainer, len(records))
         if seen >= n:
             return
     if seen == 0:
         raise UserError("There are no prompts to evaluate on", where=f"data.{split}", fix="give the data a split")
+
+
+def _together(trainer: L.Trainer, count: int) -> int:
+    """The sum over the ranks."""
+    if trainer.world_size == 1:
+        return count
+    return int(trainer.strategy.reduce(torch.tensor(count, device=trainer.strategy.root_device), reduce_op="sum"))
 
 
 def data_name(trainer: L.Trainer, split: str) -> str:

@@ -96,7 +96,8 @@ class Cache:
             for shard in tqdm(mine, desc=f"{self.what} of {self.shards.split}", unit="shard", disable=timeout != 0):
                 try:
                     with self._lock(self.names[shard], timeout):
-                        if not self._report(shard).is_file():
+                        # Once all shards are there the others join them, and remove what is known of each.
+                        if not self._report(shard).is_file() and not self._found().get("complete"):
                             make = make or start()
                             self._make(shard, make)
                 except Timeout:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from datamodules.caches import Cache, Make, Places, default_device
+from datamodules.open_files import Latest, mapped
 from datamodules.pictures import BadSample, square, to_images
 from datamodules.records import Shards, data_folder, refuse_bad
 from datamodules.remote import RemoteOptions
@@ -111,10 +112,7 @@ class Latents:
         self.shape: tuple[int, ...] = tuple(about["shape"])
         self._bad = {int(row): reason for row, reason in about["bad"].items()}
         self._places = Places(shards)
-        self._open: dict[int, np.ndarray] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # a mapped array would be pickled whole
+        self._files = Latest(mapped)
 
     def check(self, row: int) -> None:
         """Raises BadSample if the picture of the row could not be encoded."""
@@ -131,11 +129,8 @@ class Latents:
         places = places * len(self.views) + (0 if views is None else views)
         out: np.ndarray = np.empty((len(places), *self.shape), dtype=np.float16)
         for shard in np.unique(shards).tolist():
-            if shard not in self._open:
-                found = np.asarray(np.load(self.folder / self._names[shard], mmap_mode="r"))
-                self._open[shard] = found.reshape(-1, *self.shape)
-            chosen = shards == shard
-            out[chosen] = self._open[shard][places[chosen]]
+            chosen, found = shards == shard, self._files(self.folder / self._names[shard])
+            out[chosen] = found.reshape(-1, *self.shape)[places[chosen]]
         return torch.from_numpy(out)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ from datamodules.extents import EVERYTHING, Extents
 from datamodules.filters import Where, chosen_rows
 from datamodules.index_file import Index
 from datamodules.layouts import captions_of, read_json
+from datamodules.open_files import Latest, Readable
 from datamodules.order import GlobalOrder, finite_batches
 from datamodules.pictures import BadSample, decode
 from datamodules.remote import RemoteOptions, Url
@@ -235,15 +235,12 @@ class Shards:
         if len(self.rows) == 0:
             given = f"split={split}, languages={languages}, where={dict(where or {})}"
             raise UserError("No sample is left", where=str(folder), given=given)
-        self._files: dict[int, int] = {}
+        self._files = Latest(Readable)
         remotely = any(isinstance(path, Url) for path in self.index.shards)
         self.extents = Extents(self.index, self.rows, remote, lanes, block, parts) if remotely else None
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}  # descriptors mean nothing in another process
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -301,9 +298,7 @@ class Shards:
         if self.extents is not None and isinstance(self.index.shards[shard], Url):
             data = self.extents.read(row, start, length) if length else b""
         else:
-            if shard not in self._files:
-                self._files[shard] = os.open(self.index.shards[shard], os.O_RDONLY)
-            data = os.pread(self._files[shard], length, start)
+            data = self._files(self.index.shards[shard]).read(start, length)
         if len(data) != length:
             raise BadSample(f"the shard ends {length - len(data)} bytes early")
         return data

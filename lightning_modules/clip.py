@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from lightning_t2i.batch import Batch
 from lightning_t2i.method import MethodModule
 from lightning_t2i.networks.towers import Towers
 from lightning_t2i.options import GroupOptions, MethodOptions
+from lightning_t2i.state_io import Stored
+
+SCALE = "clip.logit_scale"  # of the group `towers`
 
 
 def info_nce(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
@@ -33,6 +37,13 @@ def info_nce(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
     logits = scale * images.to(kind) @ texts.to(kind).T
     own = torch.arange(len(logits), device=logits.device)
     return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
+
+
+def with_dimension(value: Any) -> Any:
+    """A tensor of a checkpoint, [1] where it has no dimension; anything else as it is."""
+    if not isinstance(value, Tensor | Stored) or len(value.shape):
+        return value
+    return (value.whole() if isinstance(value, Stored) else value).reshape(1)
 
 
 class CLIP(MethodModule):
@@ -87,6 +98,15 @@ class CLIP(MethodModule):
     def encode_text(self, texts: list[str]) -> Tensor:
         towers = self.generator_of("towers")
         return towers.encode_text(towers.tokenize(texts))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes older checkpoints too, in which the scale and what its optimizer keeps of it have no dimension."""
+        for name, tensor in checkpoint["state_dict"].items():
+            if name.endswith("logit_scale"):
+                checkpoint["state_dict"][name] = with_dimension(tensor)
+        states = checkpoint.get("t2i", {}).get("groups", {}).get("towers", {}).get("states", {}).get(SCALE, {})
+        states.update({k: with_dimension(v) for k, v in states.items() if k != "step"})
+        super().on_load_checkpoint(checkpoint)
 
     def export(self, folder: Path, batches: Iterable[Batch]) -> None:
         """Writes the CLIPModel folder of the averaged weights, fp16, with tokenizer and image processor."""

@@ -232,8 +232,8 @@ class DMD(MethodModule):
         """The uniform law between two shares of T, both ends included."""
         edm = isinstance(self.process, EDM)
         levels = LEVELS if edm else int(self.process.t_max) + 1
-        ends = {"low": round(low * levels), "high": min(round(high * levels), levels - 1) + 1}
-        return Karras(count=levels, **ends) if edm else Uniform(**ends)
+        first, last = round(low * levels), min(round(high * levels), levels - 1)
+        return Karras(count=levels, low=first, high=last + 1) if edm else Uniform(low=first, high=last + 1)
 
     def noised(self, x: Tensor, places: Tensor, name: str, *shares: float) -> tuple[Tensor, Tensor, Tensor]:
         """(x_t, eps, t) of x [B, C, h, w] with the draws called `name`; shares of T as in `times`."""

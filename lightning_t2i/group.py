@@ -66,6 +66,8 @@ class Group:
     def gradient_norm(self) -> Tensor:
         """L2 norm over all gradients of the group, over all shards: a scalar tensor."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if not gradients:  # of nothing torch makes a norm on the CPU, which is not stacked with those of a GPU
+            return torch.zeros((), device=self.parameters[0].device)
         norm = torch.nn.utils.get_total_norm(gradients)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
@@ -151,22 +153,25 @@ class Group:
             self.averages.count = state["averages"]
         if not reset:
             refuse_foreign(self.name, state, self.optimizer)
-            self._load_states(state["states"])
         for group, saved in zip(self.optimizer.param_groups, state["settings"], strict=True):
             group.update({k: v for k, v in saved.items() if not reset or k in ("lr", "initial_lr")})
+        if not reset:
+            self._load_states(state["states"])
         if self.scheduler is not None and state["schedule"] is not None:
             self.scheduler.load_state_dict(state["schedule"])
 
     def _load_states(self, states: dict[str, Plain]) -> None:
         optimizer = self.optimizer
         assert optimizer is not None
+        # Step counts stay on the CPU, as torch keeps them, but for kernels that read them on the device.
+        counts_move = {p: g.get("capturable") or g.get("fused") for g in optimizer.param_groups for p in g["params"]}
         for name, parameter in zip(self.names, self.parameters, strict=True):
             entries, like = states[name], parameter
             if isinstance(optimizer, AdamW8bit):
                 entries, like = optimizer.mine(entries), optimizer.inside(parameter)
-            optimizer.state[parameter] = {
-                k: load_tensor(v, like) if isinstance(v, Tensor | Stored) else v for k, v in entries.items()
-            }
+            found = {k: load_tensor(v, like) if isinstance(v, Tensor | Stored) else v for k, v in entries.items()}
+            moves = [k for k, v in found.items() if isinstance(v, Tensor) and (k != "step" or counts_move[parameter])]
+            optimizer.state[parameter] = found | {k: found[k].to(like.device) for k in moves}
 
     def learning_rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"]) if self.optimizer else math.nan

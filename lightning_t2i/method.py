@@ -72,7 +72,7 @@ class MethodModule(Saved):
         self.counters = Counters()
         self.groups: dict[str, Group] = {}
         self.frozen_identities: dict[str, str] = {}
-        self._inside_step = False
+        self._inside_step = self._stop_wanted = False
         self._pending: Plain | None = None
         self._losses: list[tuple[str, Tensor]] = []
         self._scalars: dict[str, Tensor | float] = {}
@@ -196,9 +196,10 @@ class MethodModule(Saved):
     # ---- the training step ---------------------------------------------------------------------------------------
 
     def _begin(self, batch: Batch) -> None:
-        last = self.counters.micro + 1 == self.common.accumulate
+        # Until they are reduced, gradients of shards wait where `backward` cannot tell whose they are.
+        reduced = self.counters.micro + 1 == self.common.accumulate or len(self.groups) > 1
         for group in self.groups.values():
-            set_gradient_sync(group.network, last)
+            set_gradient_sync(group.network, reduced)
         self.keys.seed_globals(self.counters.micro, self.global_rank)
         self._seen.append({name: records.id.tolist() for name, records in batch.items()})
 
@@ -269,11 +270,17 @@ class MethodModule(Saved):
         return self
 
     def on_train_start(self) -> None:
+        self._stop_wanted = False
         if self.common.validate_first and self.counters.step == 0 and self.trainer.enable_validation:
             self.trainer.validating = True
             self.trainer.fit_loop.epoch_loop.val_loop.run()
             self.trainer.training = True
         self.train()  # frozen networks and EMA twins back to eval, whatever Lightning remembered
+
+    def on_train_batch_end(self, *unused: Any) -> None:
+        """A wish to stop (trainer.max_time) waits for the end of the training step, whose state alone can be saved."""
+        self._stop_wanted = self._stop_wanted or self.trainer.should_stop
+        self.trainer.should_stop = self._stop_wanted and self.counters.at_boundary
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Pictures for the records of a batch, by a method that generates."""

@@ -83,10 +83,17 @@ def reconstruct(
 
 
 def updates_until(step: int, group: Group) -> int:
-    """How often the averages of a group were updated in the first `step` training steps."""
+    """How often the averages of a group that never began anew were updated in the first `step` training steps."""
     assert group.options.ema is not None
-    every, start = group.options.every, group.options.ema.start
+    every, start = group.options.every, max(group.options.start, group.options.ema.start)
     return max(-(-step // every) - -(-start // every), 0)
+
+
+def updates_at(then: int, group: Group, step: int) -> int:
+    """How many updates a group's averages had at training step `then`, known at `step`; 0 or less before a restart."""
+    assert group.averages is not None
+    count = group.averages.count or updates_until(step, group)  # 0: the weights alone were loaded
+    return count - (updates_until(step, group) - updates_until(then, group))
 
 
 def stored_averages(folder: Path, group: Group, step: int) -> list[Snapshot]:
@@ -102,11 +109,12 @@ def stored_averages(folder: Path, group: Group, step: int) -> list[Snapshot]:
         if not isinstance(profile, PowerFunction):
             continue
         now = dict(zip(averages.names, tensors, strict=True))
-        found.append(Snapshot(profile.sigma_rel, updates_until(step, group), partial(_taken, now)))
+        found.append(Snapshot(profile.sigma_rel, updates_at(step, group, step), partial(_taken, now)))
         prefix = f"{averages.name}[{profile.label}]." if k else f"{averages.name}."
         for file in sorted(folder.glob("step-*.safetensors")):
             if (then := int(file.stem.removeprefix("step-"))) < step:
-                found.append(Snapshot(profile.sigma_rel, updates_until(then, group), partial(_read, file, prefix)))
+                updates = updates_at(then, group, step)
+                found.append(Snapshot(profile.sigma_rel, updates, partial(_read, file, prefix)))
     return found
 
 
@@ -141,7 +149,7 @@ def use_average(groups: Iterable[Group], label: str, folder: Path, step: int) ->
         if width is None or power_label(width) in kept:
             averages.select(label if width is None else power_label(width))
             continue
-        stored, updates = stored_averages(folder, group, step), updates_until(step, group)
+        stored, updates = stored_averages(folder, group, step), updates_at(step, group, step)
         made = dict(zip(averages.names, averages.first, strict=True))
         for name, tensor in reconstruct(stored, averages.names, width, updates):
             copy_into(made[name], tensor)

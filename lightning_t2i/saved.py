@@ -78,6 +78,9 @@ class Saved(L.LightningModule):
             self._load_groups(saved["groups"])
         else:
             self._pending = saved["groups"]
+            for name, group in self.groups.items():  # an export or an evaluation builds no optimizer
+                if group.averages is not None:
+                    group.averages.count = saved["groups"].get(name, {}).get("averages", 0)
 
     def _load_groups(self, groups: Plain) -> None:
         for name, group in self.groups.items():

@@ -207,21 +207,28 @@ def read_marker(path: Path) -> dict[str, Any]:
     return {"form": "single", **marker, "files": marker.get("files") or {STATE: marker["bytes"]}}
 
 
-def is_complete(path: Path) -> bool:
-    """Whether a folder holds a finished checkpoint: every file of the size that the marker names."""
+def _complete_step(path: Path) -> int | None:
+    """The training step of a finished checkpoint, whose files all have the size that the marker names; else None."""
     try:
-        files = read_marker(path)["files"]
-        return STATE in files and all((path / name).stat().st_size == size for name, size in files.items())
+        marker = read_marker(path)
+        files = marker["files"]
+        whole = STATE in files and all((path / name).stat().st_size == size for name, size in files.items())
+        return marker["step"] if whole else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return False
+        return None
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a folder holds a finished checkpoint."""
+    return _complete_step(path) is not None
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder, oldest first."""
+    """The complete checkpoints in a folder, oldest first; a training beside may remove some meanwhile."""
     if not folder.is_dir():
         return []
-    found = [p for p in folder.iterdir() if not p.name.startswith(".") and is_complete(p)]
-    return sorted(found, key=lambda p: read_marker(p)["step"])
+    steps = {p: _complete_step(p) for p in folder.iterdir() if not p.name.startswith(".")}
+    return [path for step, path in sorted((step, path) for path, step in steps.items() if step is not None)]
 
 
 def newest(folder: Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import sys
@@ -27,7 +28,8 @@ class Record(L.Callback):
 
     def __init__(self, folder: Path, config_hash: str):
         self.folder, self.config_hash = folder, config_hash
-        self._before, self._start, self._peak = 0.0, time.monotonic(), 0
+        self._before, self._peak = 0.0, 0
+        self._start: float | None = None  # of the training; a resumed fit may have nothing left to do
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._start = time.monotonic()
@@ -37,7 +39,7 @@ class Record(L.Callback):
     @property
     def seconds(self) -> float:
         """Seconds of training up to here, lost work not counted."""
-        return self._before + time.monotonic() - self._start
+        return self._before + (0.0 if self._start is None else time.monotonic() - self._start)
 
     def peak_memory(self) -> int:
         """Bytes: of the device on a GPU, of the process else."""
@@ -61,6 +63,16 @@ class Record(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
+            self._write(trainer, pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        if trainer.is_global_zero and self._start is not None:
+            with contextlib.suppress(OSError):  # the training has another error to tell
+                self._write(trainer, pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """A run that was killed at its very end has nothing left to train: Lightning calls no other hook then."""
+        if trainer.is_global_zero and self._start is None:
             self._write(trainer, pl_module)
 
     def _write(self, trainer: L.Trainer, module: Any) -> None:

@@ -21,6 +21,7 @@ import yaml
 
 from lightning_t2i import __version__
 from lightning_t2i.checkpoints.mirror import on_a_disk
+from lightning_t2i.cli import launch
 from lightning_t2i.cli.configs import flatten
 from lightning_t2i.errors import UserError
 from lightning_t2i.loggers import sweep_run
@@ -46,7 +47,6 @@ FREE = (
     *(f"trainer.{name}" for name in ("limit_val_batches", "limit_test_batches", "limit_predict_batches")),
     *(f"trainer.{name}" for name in ("num_sanity_val_steps", "detect_anomaly", "model_registry")),
 )
-HANDED_DOWN = "LIGHTNING_T2I_RESUME"  # rank 0's decision, for the processes that it launches
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "numpy", "jsonargparse", "wandb", "peft", "bitsandbytes")
 
 
@@ -87,12 +87,6 @@ def config_name(config: Path) -> str:
     inside = ROOT / "configs"
     path = config.resolve()
     return "-".join(path.relative_to(inside).with_suffix("").parts) if path.is_relative_to(inside) else path.stem
-
-
-def rank() -> int:
-    """Global rank of this process as the launcher tells it; 0 for the one that launches the others."""
-    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
-    return next((int(os.environ[n]) for n in names if n in os.environ), 0)
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,8 +146,9 @@ def check_resumable(folder: Path, config: dict[str, Any], resume: Path | None) -
 
 def begin(folder: Path, config: dict[str, Any], fresh: bool) -> Run:
     """Prepares the folder for a training and decides where it goes on; rank 0 acts, the others wait for its word."""
-    if rank() != 0:
-        return Run(folder, _decision_of_rank_0(folder))
+    if launch.rank() != 0:
+        return Run(folder, launch.hear(folder))
+    launch.token()  # what it refuses is refused before anything is moved
     if fresh and folder.exists() and any(folder.iterdir()):
         move_aside(folder)
     resume = newest(folder / "checkpoints")
@@ -164,40 +159,8 @@ def begin(folder: Path, config: dict[str, Any], fresh: bool) -> Run:
     run = Run(folder, resume)
     write_environment(run, config)
     (folder / "finished").unlink(missing_ok=True)
-    os.environ[HANDED_DOWN] = str(resume or "")
-    if token := _launch():
-        write_atomically(folder / "launch.json", json.dumps({"launch": token, "resume": str(resume or "")}).encode())
+    launch.tell(folder, resume)
     return run
-
-
-def _launch() -> str | None:
-    """What the processes of one start under SLURM or torchrun have in common, and no other start has."""
-    for names in (
-        ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"),
-        ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT"),
-    ):
-        if names[0] in os.environ:
-            return "/".join(os.environ.get(name, "0") for name in names)
-    return None
-
-
-def _decision_of_rank_0(folder: Path, timeout: float = 600.0) -> Path | None:
-    if HANDED_DOWN in os.environ:
-        return Path(os.environ[HANDED_DOWN]) if os.environ[HANDED_DOWN] else None
-    token, end = _launch(), time.monotonic() + timeout
-    while time.monotonic() < end:
-        try:
-            word = json.loads((folder / "launch.json").read_text())
-        except (OSError, ValueError):
-            word = {}
-        if token is not None and word.get("launch") == token:
-            return Path(word["resume"]) if word["resume"] else None
-        time.sleep(0.2)
-    raise UserError(
-        "Rank 0 did not say where to resume",
-        where=str(folder),
-        fix="see rank 0's messages; the folder must be on a shared disk",
-    )
 
 
 def write_environment(run: Run, config: Mapping[str, Any]) -> None:

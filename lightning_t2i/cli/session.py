@@ -19,6 +19,7 @@ from callbacks.checkpoints import CheckpointOptions, Checkpoints
 from callbacks.deme_merge import DeMeMerge, MergeOptions
 from callbacks.eval_metrics import EvalMetrics, EvalOptions
 from callbacks.health import Health, HealthOptions
+from callbacks.missed_validation import MissedValidation
 from callbacks.preemption import Preemption, PreemptionOptions
 from callbacks.sample_grid import SampleGrid, SampleOptions
 from callbacks.teacher_comparison import ComparisonOptions, TeacherComparison
@@ -210,6 +211,7 @@ class Session(LightningCLI):
         if given.enable_progress_bar is not False:
             callbacks = [*callbacks, Progress()]
         self.preemption = Preemption(self.config_init.preemption)
+        last = [MissedValidation(folder / "metrics.jsonl"), self.preemption]  # which leaves at the end of a step
         plugins = list(given.plugins) if isinstance(given.plugins, list) else [given.plugins] if given.plugins else []
         if SLURMEnvironment.detect():
             plugins.append(SLURMEnvironment(auto_requeue=False))  # Lightning's handler saves in the middle of a step
@@ -218,7 +220,7 @@ class Session(LightningCLI):
         try:
             trainer = self.trainer = self.instantiate_trainer(
                 logger=loggers or False,
-                callbacks=[*callbacks, *(given.callbacks or []), self.preemption],  # it leaves at the end of a step
+                callbacks=[*callbacks, *(given.callbacks or []), *last],
                 default_root_dir=str(folder),
                 plugins=plugins or None,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_t2i.cli import runs
+from lightning_t2i.cli import launch, runs
 from lightning_t2i.cli.banner import banner
 from lightning_t2i.cli.configs import merge, show
 from lightning_t2i.cli.main import Request, usage
@@ -82,8 +83,10 @@ def fit(request: Request) -> int:
     if request.ckpt_path is not None:
         where, fix = "--ckpt_path", "--run NAME"
         raise UserError("fit resumes from its own run folder", where=where, given=request.ckpt_path, fix=fix)
-    rehearsal = bool(config["trainer"]["fast_dev_run"])  # touches no run
-    folder = Path(tempfile.mkdtemp()) if rehearsal else runs.runs_root() / runs.run_name(request.run, request.configs)
+    if config["trainer"]["fast_dev_run"]:
+        with tempfile.TemporaryDirectory() as temporary:
+            return _rehearse(session, config, Path(temporary))
+    folder = runs.runs_root() / runs.run_name(request.run, request.configs)
     trainer = session.build(folder, [], [Record(folder, runs.config_hash(config))])
     fresh = request.fresh and not restarted()
     run = runs.begin(folder, config, fresh)  # everything that can be refused before is built by now
@@ -91,16 +94,15 @@ def fit(request: Request) -> int:
         if run.resume is None:
             raise UserError("There is no checkpoint to go on from", where="--reset_optimizer", given=str(folder))
         session.method.reset_optimizer = True
-    tracking = TrackingOptions(wandb="off") if rehearsal else session.config_init.tracking
-    if not rehearsal:
-        trainer.loggers = build_loggers(folder, tracking, config, run.step, Clock(trainer))
+    tracking = session.config_init.tracking
+    trainer.loggers = build_loggers(folder, tracking, config, run.step, Clock(trainer))
     if trainer.is_global_zero:
         print(banner(session, run, tracking), flush=True)
         if session.method.reset_optimizer:
             print("optimizer states start anew; weights, EMA and counters go on", flush=True)
     with told(), session.preemption:
         trainer.fit(session.method, session.data, ckpt_path=run.resume and str(run.resume), weights_only=True)
-    if trainer.is_global_zero and not rehearsal and not session.preemption.requeues:
+    if trainer.is_global_zero and not session.preemption.requeues:
         if 0 < trainer.max_steps <= trainer.global_step:
             write_atomically(folder / "finished", json.dumps({"step": trainer.global_step}).encode())
         report = write_report(folder, session.method)
@@ -112,12 +114,26 @@ def fit(request: Request) -> int:
     return 0
 
 
+def _rehearse(session: Session, config: dict[str, Any], folder: Path) -> int:
+    """trainer.fast_dev_run: touches no run and leaves nothing; each process has a folder that no other knows of."""
+    options = session.config_init.checkpoints
+    session.config_init.checkpoints = dataclasses.replace(options, form="single", mirror=None)  # rank 0 writes alone
+    trainer = session.build(folder, [], [Record(folder, runs.config_hash(config))])
+    if trainer.is_global_zero:
+        print(banner(session, runs.Run(folder), TrackingOptions(wandb="off")), flush=True)
+    with told(), session.preemption:
+        trainer.fit(session.method, session.data)
+    return 0
+
+
 def _evaluate(request: Request) -> int:
     if (found := opened(request)) is None:
         return 0
     session, _ = found
     folder = runs.runs_root() / runs.run_name(request.run, request.configs)
-    checkpoint = request.ckpt_path or newest(folder / "checkpoints")
+    checkpoint: Any = request.ckpt_path  # else rank 0's choice: a training beside may save while processes look
+    if checkpoint is None:
+        checkpoint = launch.agreed(folder, f"launch-{request.verb}.json", lambda: newest(folder / "checkpoints"))
     if checkpoint is None and request.run is not None:
         raise UserError("The run has no complete checkpoint", where="--run", given=request.run, fix="fit it first")
     predicts = request.verb == "predict"

@@ -25,6 +25,7 @@ class Towers(nn.Module):
 
     def __init__(self, clip: nn.Module, tokenizer: Any):
         super().__init__()
+        clip.logit_scale = nn.Parameter(clip.logit_scale.detach().reshape(1))  # FSDP2 cuts dimensions
         self.clip: Any = clip
         self._no_split_modules = clip._no_split_modules
         self._tokenizer = tokenizer
@@ -38,7 +39,7 @@ class Towers(nn.Module):
 
     def forward(self, images: Tensor, tokens: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Unit embeddings of pictures and of texts, [B, D] each, and the scale of their logits, a scalar."""
-        scale = self.clip.logit_scale.exp().clamp(max=LARGEST_SCALE)
+        scale = self.clip.logit_scale.squeeze(0).exp().clamp(max=LARGEST_SCALE)
         return self.encode_image(images), self.encode_text(tokens), scale
 
     def encode_image(self, images: Tensor) -> Tensor:
@@ -61,6 +62,7 @@ class Towers(nn.Module):
         from transformers import CLIPImageProcessorPil
 
         size = self.clip.config.vision_config.image_size
+        self.clip.logit_scale = nn.Parameter(self.clip.logit_scale.detach().reshape(()))
         self.clip.half().save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
         CLIPImageProcessorPil(

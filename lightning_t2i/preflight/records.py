@@ -18,7 +18,6 @@ from datamodules.pictures import BadSample
 from datamodules.points import Points
 from datamodules.prompts import SUFFIXES, Prompts
 from datamodules.records import Shards, captions_in
-from datamodules.remote import RemoteOptions
 from datamodules.shards import index_path
 from lightning_t2i.batch import Batch, Records
 from lightning_t2i.errors import UserError
@@ -68,12 +67,14 @@ def batch_of(streams: dict[str, Any], world: int, method: Any) -> Batch:
 
 
 def some_captions(stream: Any) -> list[list[str]]:
-    """Captions of some samples from all over a data set, none where there is no data set."""
+    """Captions of some samples from all over a data set, none where there is no data set or one behind the network."""
     place = stream.source
     if Path(place).suffix in SUFFIXES or not index_path(folder_of(place), stream.split).is_file():
         return []
-    where, remote = getattr(stream, "where", None), getattr(stream, "remote", RemoteOptions())
-    shards = Shards(folder_of(place), stream.split, stream.languages, stream.limit, where, remote)
+    where = getattr(stream, "where", None)
+    shards = Shards(folder_of(place), stream.split, stream.languages, stream.limit, where)
+    if shards.extents is not None:
+        return []
     found = []
     for row in range(0, len(shards), math.ceil(len(shards) / LOOKED_AT)):
         with contextlib.suppress(BadSample):

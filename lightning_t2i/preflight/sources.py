@@ -132,7 +132,8 @@ def caches(streams: dict[str, Any]) -> Iterator[Store]:
         if (vae := getattr(stream, "latents", None)) is not None:
             folder = folder_of(stream.source)
             cache = latent_folder(folder, vae, stream.size, stream.views)
-            if (cache / f"{stream.split}.json").is_file():
+            file = cache / f"{stream.split}.json"
+            if file.is_file() and json.loads(file.read_text()).get("complete"):
                 continue
             source = source_of(name, stream)
             size = math.prod(latent_shape(vae, stream.size)) * LATENT_BYTES * len(stream.views)

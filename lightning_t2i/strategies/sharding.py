@@ -60,7 +60,8 @@ def shard_network(network: nn.Module, mesh: DeviceMesh, precision: str = "fp32")
         precision: "bf16" computes in bfloat16 and reduces gradients in float32.
 
     Raises:
-        UserError: weights of two precisions, such as float32 adapters in a bfloat16 backbone.
+        UserError: weights of two precisions, such as float32 adapters in a bfloat16 backbone; trained ones without
+            dimensions.
     """
     if mesh.size() == 1 and precision == "fp32":
         receive(network, mesh.device_type)
@@ -77,6 +78,7 @@ def shard_network(network: nn.Module, mesh: DeviceMesh, precision: str = "fp32")
         if len(dtypes := {str(parameter.dtype) for parameter in root.parameters()}) > 1:
             what, fix = "A network with weights of two precisions cannot be sharded", "one precision, or one process"
             raise UserError(what, where=type(root).__name__, given=", ".join(sorted(dtypes)), fix=fix)
+        whole = _left_whole(root)
         # Layers that stay in float32, as the root declares them, are units of their own and take their inputs as given.
         kept = [
             (layer, MixedPrecisionPolicy(cast_forward_inputs=False))
@@ -84,13 +86,22 @@ def shard_network(network: nn.Module, mesh: DeviceMesh, precision: str = "fp32")
         ]
         for block, chosen in [*kept, *((block, policy) for block in blocks(root))]:
             receive(block, mesh.device_type, buffers=False)
-            fully_shard(block, mesh=mesh, mp_policy=chosen, reshard_after_forward=True)
+            fully_shard(block, mesh=mesh, mp_policy=chosen, reshard_after_forward=True, ignored_params=whole)
         receive(root, mesh.device_type, buffers=False)
-        fully_shard(root, mesh=mesh, mp_policy=root_policy, reshard_after_forward=True)
+        fully_shard(root, mesh=mesh, mp_policy=root_policy, reshard_after_forward=True, ignored_params=whole)
         for method in getattr(root, "shard_forward_methods", ("encode", "decode")):
             if hasattr(root, method):
                 register_fsdp_forward_method(root, method)
     receive(network, mesh.device_type)
+
+
+def _left_whole(root: nn.Module) -> set[nn.Parameter]:
+    """Frozen parameters without dimensions, which FSDP2 cannot cut: they stay as they are on every process."""
+    scalars = {name: parameter for name, parameter in root.named_parameters() if parameter.dim() == 0}
+    if trained := [name for name, parameter in scalars.items() if parameter.requires_grad]:
+        what, fix = "A trained parameter without dimensions cannot be sharded", "give it the shape [1], see Towers"
+        raise UserError(what, where=type(root).__name__, given=", ".join(trained), fix=fix)
+    return set(scalars.values())
 
 
 def shard_frozen(network: nn.Module, mesh: DeviceMesh, precision: str = "fp32", whole: bool = False) -> None:

@@ -148,6 +148,14 @@ def test_gradient_norms_that_part_raise_an_alarm(studio, caplog) -> None:
     assert set(notebook.values("health/alarms").values()) == {1.0}
 
 
+def test_a_group_at_rest_is_no_part_of_the_ratio(studio, caplog) -> None:
+    resting, _ = watched(studio, method=two_groups(studio, 0.0), steps=2)
+    assert "gradient_ratio" not in resting.values and alarms(caplog) == []
+    broken = Health(HealthOptions(enabled=True))
+    broken._norms = {"a": torch.tensor(0.0), "b": torch.tensor(2.0), "c": torch.tensor(float("nan"))}
+    assert math.isnan(broken._of_networks(None, None)["gradient_ratio"])
+
+
 def test_a_noted_gap_is_logged_and_alarms_beyond_its_limit(studio, caplog) -> None:
     callback, _ = watched(studio, method=two_groups(studio, 1.0, gap=-3.0), steps=2)
     assert callback.values["gap"] == -3 and alarms(caplog) == []  # no limit, no alarm

@@ -6,17 +6,21 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
-from pictures import fit, records
+from pictures import Pictures, fit, records
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import normalize
-from toy import adam
+from toy import adam, trainer_for
 
-from lightning_modules.clip import CLIP, info_nce
+from lightning_modules.clip import CLIP, info_nce, with_dimension
 from lightning_t2i.networks.towers import Towers
-from lightning_t2i.options import GroupOptions
+from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions
 from lightning_t2i.protocols import Embeds
+from lightning_t2i.state_io import AtomicCheckpointIO, Stored
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .* does not have many workers")
 
@@ -96,6 +100,7 @@ def test_the_export_is_a_stock_folder_with_our_embeddings(tmp_path):
     assert isinstance(module, Embeds)
     module.export(tmp_path / "out", [])
     model = CLIPModel.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert load_file(tmp_path / "out" / "model.safetensors")["logit_scale"].shape == ()
     images = (records(0, 3).image.clamp(-1, 1) * 127.5 + 127.5).round()
     pixels = [np.asarray(image.permute(1, 2, 0).to(torch.uint8)) for image in images]
     texts = ["a red square", "blue", "two circle and a square"]
@@ -167,3 +172,44 @@ def test_cosines_of_half_precision_are_told_apart():
     loss = info_nce(half, half, torch.tensor(20.0))
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, info_nce(half.float(), half.float(), torch.tensor(20.0)))
+
+
+def test_it_trains_sharded_in_bf16(tmp_path):
+    """FSDP2 refuses a scale without dimensions, as transformers makes it."""
+    common = MethodOptions(precision="bf16")
+    module = CLIP(architecture(tmp_path), "assets/tiny/tokenizers/clip", GroupOptions(adam(1e-2)), common)
+    fit(tmp_path, module, 2, val_check_interval=2, fsdp=True)
+    scale = module.towers.clip.logit_scale
+    assert isinstance(scale, DTensor) and scale.shape == (1,)
+    assert scale.item() != built(tmp_path).towers.clip.logit_scale.item()
+
+
+class InFiles(Stored):
+    shape, dtype = torch.Size(()), torch.float32
+
+    def into(self, target: torch.Tensor) -> None:
+        target.fill_(3.0)
+
+
+def test_a_checkpoint_whose_scale_has_no_dimension_goes_on(tmp_path):
+    """As a training before wrote it, and any optimizer beside its count of steps."""
+
+    def trained(steps: int, checkpoint: Path | None = None) -> tuple[CLIP, L.Trainer]:
+        module = built(tmp_path, towers=GroupOptions(adam(1e-2), ema=EMAOptions([0.9, 0.5])))
+        trainer = trainer_for(tmp_path, steps, max_epochs=-1, limit_val_batches=0)
+        trainer.fit(module, Pictures(), ckpt_path=checkpoint, weights_only=True)
+        return module, trainer
+
+    trained(2)[1].save_checkpoint(tmp_path / "new", False)
+    state = AtomicCheckpointIO().load_checkpoint(tmp_path / "new")
+    states = state["t2i"]["groups"]["towers"]["states"]["clip.logit_scale"]
+    for tensors in (state["state_dict"], states):
+        scales = {k: v.reshape(()) for k, v in tensors.items() if tensors is states or k.endswith("logit_scale")}
+        assert len(scales) == 3
+        tensors.update(scales)
+    AtomicCheckpointIO().save_checkpoint(state, tmp_path / "old")
+    (module, _), (other, _) = (trained(4, tmp_path / name) for name in ("old", "new"))
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in module.state_dict().items())
+    kept = module.groups["towers"].optimizer.state[module.towers.clip.logit_scale]
+    assert {k: v.dim() for k, v in kept.items()} == {"step": 0, "exp_avg": 1, "exp_avg_sq": 1}
+    assert torch.equal(with_dimension(InFiles()), torch.tensor([3.0]))  # of a checkpoint in the sharded form

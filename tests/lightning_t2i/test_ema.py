@@ -21,7 +21,7 @@ from lightning_t2i.ema import Averages, PowerFunction, gamma_of, profiles
 from lightning_t2i.errors import UserError
 from lightning_t2i.loggers import read_lines
 from lightning_t2i.options import EMAOptions, GroupOptions
-from lightning_t2i.posthoc import Snapshot, coefficients, reconstruct, updates_until, use_average
+from lightning_t2i.posthoc import Snapshot, coefficients, reconstruct, updates_at, updates_until, use_average
 from lightning_t2i.state_io import AtomicCheckpointIO, newest
 
 # ---- profiles --------------------------------------------------------------------------------------------------------
@@ -78,13 +78,13 @@ def test_every_average_follows_its_own_recurrence(tmp_path):
 
 
 def test_updates_are_counted_as_a_training_makes_them():
-    for every, start in ((1, 0), (1, 5), (3, 0), (3, 4), (4, 8)):
-        group = Toy(generator=GroupOptions(every=every, ema=EMAOptions(start=start)))
+    for every, start, first in ((1, 0, 0), (1, 5, 0), (3, 0, 0), (3, 4, 0), (4, 8, 0), (1, 2, 5), (3, 0, 7), (3, 8, 4)):
+        group = Toy(generator=GroupOptions(every=every, start=first, ema=EMAOptions(start=start)))
         group.configure_model()
         generator, count = group.groups["generator"], 0
         for step in range(20):
             assert updates_until(step, generator) == count
-            count += step % every == 0 and step >= start
+            count += step % every == 0 and step >= max(start, first)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +202,35 @@ def test_a_twin_gets_another_average_for_an_evaluation(tmp_path):
     plain.configure_model()
     with pytest.raises(UserError, match="No group"):
         use_average(plain.groups.values(), "0.5", tmp_path, 120)
+
+
+def test_snapshots_of_before_a_restart_are_no_part_of_an_average(tmp_path):
+    """A group that begins late, and anew in the middle: the average of another width is that of what came after."""
+
+    class Restart(L.Callback):
+        def on_train_batch_end(self, trainer, module, *unused):
+            if module.counters.step == 60:
+                module.groups["generator"].restart()
+
+    def toy(*widths: float) -> Toy:
+        ema = EMAOptions([0.5], start=4, sigma_rel=list(widths))
+        return Toy(generator=GroupOptions(adam(1e-2), every=2, start=6, ema=ema))
+
+    module, callbacks = toy(0.05, 0.1, 0.07), [Restart(), Snapshots(tmp_path / "ema", 10)]
+    trainer = trainer_for(tmp_path, 120, callbacks=callbacks)
+    trainer.fit(module, ToyData(), weights_only=True)
+    trainer.save_checkpoint(tmp_path / "c", False)
+    state = AtomicCheckpointIO().load_checkpoint(tmp_path / "c")
+    direct = state["state_dict"]["generator_ema[sigma_rel=0.07].outside.weight"]
+    again = toy(0.05, 0.1)
+    again.configure_model()
+    again.on_load_checkpoint(state)  # as an export does
+    again.load_state_dict({n: t for n, t in state["state_dict"].items() if "0.07" not in n})
+    group = again.groups["generator"]
+    assert [updates_at(step, group, 120) for step in (60, 70, 120)] == [0, 5, 30]
+    use_average([group], "sigma_rel=0.07", tmp_path / "ema", 120)
+    error = float((group.ema.outside.weight - direct).abs().max())
+    assert 0 < error < 0.01 * float(direct.abs().max())
 
 
 def test_the_command_exports_and_evaluates_another_average(tmp_path, monkeypatch, capsys):

@@ -12,12 +12,13 @@ from torch.utils.data import DataLoader
 from toy import Toy, ToyData, adam, trainer_for
 from weights import weights_hash
 
+from callbacks.checkpoints import CheckpointOptions, Checkpoints
 from lightning_t2i.errors import UserError
 from lightning_t2i.guards import NonFiniteError
 from lightning_t2i.method import MethodModule
 from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions
 from lightning_t2i.schedules import Warmup
-from lightning_t2i.state_io import AtomicCheckpointIO
+from lightning_t2i.state_io import AtomicCheckpointIO, newest
 
 
 class Watch(L.Callback):
@@ -320,6 +321,19 @@ def test_scalars_are_logged_every_n_training_steps(tmp_path, every, steps):
     for step, line in lines:
         assert {"generator/loss", "generator/grad_norm", "critic/loss", "critic/lr", "samples"} <= line.keys()
         assert line["samples"] == step * 2 * 8
+
+
+def test_a_wish_to_stop_waits_for_the_end_of_the_training_step(tmp_path):
+    """What trainer.max_time does where it runs out inside an accumulated step."""
+
+    class TimeIsUp(L.Callback):
+        def on_train_batch_end(self, trainer, module, *unused):
+            trainer.should_stop = trainer.should_stop or module.counters.batches == 4
+
+    module = Toy(MethodOptions(accumulate=3))
+    trainer = fit(tmp_path, module, 9, callbacks=[TimeIsUp(), Checkpoints(tmp_path / "c", CheckpointOptions(every=0))])
+    assert (trainer.global_step, module.counters.batches, module.counters.micro) == (2, 6, 0)
+    assert newest(tmp_path / "c").name == "step-00000002"
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,20 @@ def test_newest_of_nothing_is_none(tmp_path):
     assert newest(tmp_path / "absent") is None
 
 
+def test_a_checkpoint_that_is_pruned_meanwhile_does_not_hide_the_newest(tmp_path, monkeypatch):
+    old, new, read = save(tmp_path, 1), save(tmp_path, 2), state_io.read_marker
+
+    def read_before_it_is_gone(path):
+        marker = read(path)
+        if path == old:
+            (old / "complete.json").unlink()  # by the training that writes checkpoints here
+        return marker
+
+    monkeypatch.setattr(state_io, "read_marker", read_before_it_is_gone)
+    assert newest(tmp_path) == new
+    assert not is_complete(old)
+
+
 @pytest.mark.parametrize("damage", ["no marker", "short state", "bad marker", "no state"])
 def test_incomplete_folders_are_passed_over_and_refused(tmp_path, damage):
     good, bad = save(tmp_path, 1), save(tmp_path, 2)

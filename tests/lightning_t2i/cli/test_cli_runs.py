@@ -15,9 +15,10 @@ import torch
 import yaml
 from wandb_reader import history
 
-from lightning_t2i.cli import runs
+from lightning_t2i.cli import launch, runs, verbs
 from lightning_t2i.cli.main import main
 from lightning_t2i.errors import UserError
+from lightning_t2i.guards import NonFiniteError
 from lightning_t2i.proof.compare import logged
 from lightning_t2i.state_io import AtomicCheckpointIO, newest
 
@@ -35,7 +36,7 @@ CONFIG = {
 def config(tmp_path, monkeypatch) -> Path:
     """A config file whose runs land in tmp_path/runs, which is also the working directory's."""
     monkeypatch.setenv("LIGHTNING_T2I_RUNS", str(tmp_path / "runs"))
-    inherited = ("RANK", "LOCAL_RANK", "WANDB_SERVICE", runs.HANDED_DOWN)
+    inherited = ("RANK", "LOCAL_RANK", "WANDB_SERVICE", launch.HANDED_DOWN)
     for name in [n for n in os.environ if n.startswith(("SLURM_", "TORCHELASTIC_")) or n in inherited]:
         monkeypatch.delenv(name)
     file = tmp_path / "toy.yaml"
@@ -182,6 +183,22 @@ def test_a_killed_run_ends_like_one_that_was_not(config, tmp_path, repo, kill_at
     assert told == pytest.approx(expected)
 
 
+def test_what_a_run_cost_is_told_however_it_ends(config, tmp_path) -> None:
+    file = tmp_path / "runs" / "toy" / "cost.json"
+    with pytest.raises(NonFiniteError):
+        fit(config, "--model.poison_step", "3", "--trainer.enable_progress_bar", "false", "--debug")
+    broken = json.loads(file.read_text())
+    assert (broken["steps"], broken["samples"]) == (3, 32) and broken["seconds"] > 0
+    assert fit(config, "--fresh") == 0
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps(broken))
+    (file.parent / "finished").unlink()  # as after a kill behind the last save
+    assert fit(config) == 0
+    found = json.loads(file.read_text())
+    assert {k: found[k] for k in ("steps", "samples", "processes")} == {"steps": 12, "samples": 96, "processes": 1}
+    assert 0 < found["seconds"] <= whole["seconds"] + 0.1  # nothing was trained since
+
+
 def test_the_checkpoint_carries_the_wandb_id(config, tmp_path) -> None:
     assert fit(config, "--trainer.max_steps", "4", "--tracking.wandb", "offline") == 0
     file = tmp_path / "runs" / "toy" / "wandb_id"
@@ -205,17 +222,58 @@ def test_other_ranks_follow_rank_0(config, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("SLURM_PROCID", "0")
     run = runs.begin(folder, resolved(), fresh=False)
     assert run.resume is None and run.step == 0
-    monkeypatch.delenv(runs.HANDED_DOWN)  # the other processes of srun are no children of rank 0
+    monkeypatch.delenv(launch.HANDED_DOWN)  # the other processes of srun are no children of rank 0
     monkeypatch.setenv("SLURM_PROCID", "1")
     assert runs.begin(folder, resolved(), fresh=True) == run
     assert not folder.with_name("x.1").exists()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")  # the word of an earlier start does not count
     with pytest.raises(UserError, match="Rank 0 did not say"):
-        runs._decision_of_rank_0(folder, timeout=0.5)
+        launch.hear(folder, timeout=0.5)
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0", "MASTER_PORT": "29500"}
+LOGS = "TORCHELASTIC_ERROR_FILE"
+
+
+def under(monkeypatch, **environment: str) -> str | None:
+    """The token of a process that a launcher gives these variables."""
+    with monkeypatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        return launch.token()
+
+
+def test_every_start_of_torchrun_has_a_token_of_its_own(config, tmp_path, monkeypatch) -> None:
+    one = {**TORCHRUN, "GROUP_WORLD_SIZE": "1"}
+    first, other_rank, second = (
+        under(monkeypatch, **one, **{LOGS: f"/tmp/torchelastic_a/none_{file}/error.json"})
+        for file in ("x/attempt_0/0", "x/attempt_0/1", "y/attempt_0/0")
+    )
+    assert first == other_rank and first != second
+    named = {**TORCHRUN, "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "run-7"}
+    a, b = (under(monkeypatch, **named, **{LOGS: f"/tmp/{x}/run-7_{x}/attempt_0/0/error.json"}) for x in "ab")
+    assert a == b is not None  # each machine has log folders of its own
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "1", "GROUP_WORLD_SIZE": "2"}
+    restarts = [under(monkeypatch, **step, **{**TORCHRUN, "TORCHELASTIC_RESTART_COUNT": n}) for n in "01"]
+    assert restarts[0] != restarts[1]
+    assert under(monkeypatch) is None
+
+
+@pytest.mark.parametrize("several", [{"GROUP_WORLD_SIZE": "2", LOGS: "/tmp/a/none_x/attempt_0/0/error.json"}, {}])
+def test_a_start_of_torchrun_without_a_name_is_refused(config, tmp_path, monkeypatch, several) -> None:
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    (tmp_path / "runs" / "x" / "mine").touch()
+    for name, value in {**TORCHRUN, "GROUP_WORLD_SIZE": "1", LOGS: "", **several}.items():
+        monkeypatch.setenv(name, value)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(UserError, match=r"--standalone .* --rdzv-id NAME"):
+            runs.begin(tmp_path / "runs" / "x", resolved(), fresh=True)
+    assert (tmp_path / "runs" / "x" / "mine").exists()  # nothing was moved aside
 
 
 def test_launched_processes_inherit_the_decision(config, tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv(runs.HANDED_DOWN, str(tmp_path / "checkpoint"))
+    monkeypatch.setenv(launch.HANDED_DOWN, str(tmp_path / "checkpoint"))
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert runs.begin(tmp_path / "x", resolved(), fresh=True).resume == tmp_path / "checkpoint"
     assert not (tmp_path / "x").exists()
@@ -229,7 +287,7 @@ def test_two_processes_train_one_run_and_one_goes_on(config, tmp_path, repo, mon
     assert fit(config, "--run", "two", "--trainer.max_steps", "2") == 0
     words = ["fit", "--config", str(two), "--fresh", "--trainer.max_steps", "8"]
     environment = {**os.environ, "PYTHONPATH": str(repo / "tests" / "helpers")}
-    environment.pop(runs.HANDED_DOWN, None)
+    environment.pop(launch.HANDED_DOWN, None)
     command = [sys.executable, str(repo / "train.py"), *words]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
@@ -259,6 +317,29 @@ def test_verbs_on_a_run_say_what_is_missing(config, capsys) -> None:
 def test_a_rehearsal_leaves_no_run(config, tmp_path) -> None:
     assert fit(config, "--trainer.fast_dev_run", "true") == 0
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_rehearsal_waits_for_nobody_and_leaves_nothing(config, tmp_path, monkeypatch) -> None:
+    (tmp_path / "rehearsals").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "rehearsals"))
+    monkeypatch.setattr(launch, "hear", lambda *_: pytest.fail("rank 0 writes into another folder"))
+    monkeypatch.setenv("RANK", "1")
+    assert fit(config, "--trainer.fast_dev_run", "true", "--checkpoints.form", "sharded") == 0
+    assert list((tmp_path / "rehearsals").iterdir()) == []
+
+
+def test_every_rank_evaluates_the_checkpoint_that_rank_0_chose(config, tmp_path, monkeypatch) -> None:
+    chosen: list[Path | None] = []
+    monkeypatch.setattr(verbs, "banner", lambda session, run, tracking: chosen.append(run.resume) or "")
+    assert fit(config) == 0
+    checkpoints = tmp_path / "runs" / "toy" / "checkpoints"
+    del chosen[:]
+    assert main(["validate", "--run", "toy"]) == 2  # the toy cannot
+    monkeypatch.setenv("RANK", "1")
+    assert main(["validate", "--run", "toy"]) == 2
+    monkeypatch.setenv(launch.HANDED_DOWN, str(checkpoints / "step-00000008"))  # a save came between the two choices
+    assert main(["validate", "--run", "toy"]) == 2
+    assert chosen == [checkpoints / f"step-{step:08d}" for step in (12, 12, 8)]
 
 
 def test_print_config_stops_before_the_run(config, tmp_path, capsys) -> None:

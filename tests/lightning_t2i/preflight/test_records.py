@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from types import SimpleNamespace
 
+import pyarrow.parquet as pq
 import pytest
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from datamodules.image_text import ImageText
 from datamodules.pairs import Pairs
 from datamodules.prompts import Prompts
+from datamodules.shards import index_path
 from datamodules.worlds import ensure
-from lightning_t2i.preflight.records import UNKNOWN, batch_of, captions
+from lightning_t2i.preflight.records import UNKNOWN, batch_of, captions, some_captions
 from lightning_t2i.preflight.sources import caches, latent_shape, ram_per_process, source_of
 from lightning_t2i.preflight.stand_ins import Tokenizer
 
@@ -65,6 +69,21 @@ def test_captions_are_the_longest_of_the_data(scenes):
     assert tokenizer(found, padding="max_length")["attention_mask"].shape == (3, 77)
 
 
+def test_captions_behind_the_network_are_not_asked_for(scenes, tmp_path, monkeypatch):
+    """`check` promises to open nothing there; the index of such data is a file beside others."""
+    monkeypatch.setattr("datamodules.extents.fetch", lambda *_: pytest.fail("the network was asked"))
+    monkeypatch.setattr("datamodules.records.decode", lambda *_: pytest.fail("a picture was read"))
+    folder = shutil.copytree(ensure("shapes", train=ROWS, val=0, test=0, retrieval=0), tmp_path / "far")
+    file = index_path(folder, "train")
+    table = pq.read_table(file)
+    facts = json.loads(table.schema.metadata[b"t2i"])
+    assert len(some_captions(stream(str(folder)))) == ROWS
+    facts["shards"] = [f"https://example.org/{name}" for name in facts["shards"]]
+    pq.write_table(table.replace_schema_metadata({b"t2i": json.dumps(facts)}), file)
+    assert some_captions(stream(str(folder))) == []
+    assert captions(stream(str(folder)), 1) == [UNKNOWN]
+
+
 def test_sources_and_their_memory(scenes, tmp_path):
     kept = source_of("main", stream(scenes, in_memory=True, limit=30))
     assert (kept.there, kept.rows, kept.kept) == (True, 30, 30 * 3 * 32 * 32) and kept.shards and kept.index > 0
@@ -82,3 +101,13 @@ def test_caches_that_are_still_to_be_made(scenes):
     assert cache.bytes == ROWS * 4 * 8 * 8 * 2 and cache.key == "data.main.latents"
     (views,) = caches({"main": stream(scenes, latents="assets/tiny/vae", crop="random", crops=3, flip=True)})
     assert views.bytes == 6 * cache.bytes and views.place != cache.place
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_a_cache_that_is_half_made_is_still_to_be_made(scenes, tmp_path, complete):
+    folder = shutil.copytree(scenes, tmp_path / "copy", ignore=shutil.ignore_patterns("latents-*"))
+    streams = {"main": stream(str(folder), latents="assets/tiny/vae")}
+    (cache,) = caches(streams)
+    cache.place.mkdir()
+    (cache.place / "train.json").write_text(json.dumps({"complete": complete}))
+    assert len(list(caches(streams))) == (not complete)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from toy import DIM, Toy
+from toy import DIM, MLP, Toy
 
 from lightning_t2i.errors import UserError
 from lightning_t2i.options import MethodOptions
@@ -95,16 +95,29 @@ def test_activations_grow_with_the_batch_and_nothing_else_does(data):
         assert large.memory[name] == small.memory[name] > 0
 
 
+class Single(Toy):
+    """The critic alone."""
+
+    def configure_model(self):
+        self.add_group("critic", MLP(1), self.options["critic"])
+
+    def training_step(self, batch, batch_idx):
+        self.backward("critic", self.critic(batch["main"].latent).square().mean())
+
+
 def test_shards_and_accumulation(data):
-    """Of four processes, two share each copy. Until the last micro-batch each keeps gradients of whole networks."""
+    """Of four processes, two share each copy. Until the last micro-batch each keeps gradients of a whole network; of
+    several groups each micro-batch is reduced."""
     world = World(4, 2, (2, 2))
     bill = rehearse(Toy(), data, world, steps=20)
     halves = [4 * math.ceil(s[0] / 2) * math.prod(s[1:]) for out in (DIM, 1) for s in sizes(out)]
     assert bill.memory["weights"] == sum(halves)
     assert {name for (name, between) in bill.moved if between} == {"allreduce_"}
     assert bill.moved["_allgather_base_", False] > 0
+    one, three = (rehearse(Single(MethodOptions(accumulate=n)), data, world, steps=20) for n in (1, 3))
+    assert three.memory["gradients"] >= 4 * numel(1) > 1.5 * one.memory["gradients"]
     accumulated = rehearse(Toy(MethodOptions(accumulate=3)), data, world, steps=20)
-    assert accumulated.memory["gradients"] >= 4 * (numel(DIM) + numel(1)) > 1.5 * bill.memory["gradients"]
+    assert accumulated.memory["gradients"] < 4 * (numel(DIM) + numel(1))  # shards, and those of other groups meanwhile
     assert accumulated.flops_of["critic"] == pytest.approx(3 * bill.flops_of["critic"], rel=1e-4)
     alone = rehearse(Toy(), data, ALONE, steps=20)
     assert alone.checkpoint == bill.checkpoint, "whole tensors, whatever the mesh"

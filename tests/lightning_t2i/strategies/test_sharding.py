@@ -11,11 +11,11 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "helpers"))  # for the processes that `ranks` starts
 
-from toy import DIM, MLP, Block, adam
+from toy import DIM, MLP, Block, Toy, adam
 
 from lightning_t2i.errors import UserError
 from lightning_t2i.group import Group
-from lightning_t2i.options import EMAOptions, GroupOptions
+from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions
 from lightning_t2i.strategies import FSDP2, shard_network
 from lightning_t2i.strategies.sharding import blocks, roots, shard_frozen
 
@@ -89,10 +89,60 @@ def test_small_frozen_networks_stay_whole_and_large_ones_are_cut(ranks):
             torch.testing.assert_close(output, expected)
 
 
+def scaled(rank: int, trained: bool) -> list:
+    """A network with a parameter that has no dimension, on a mesh of its own."""
+    net = network()
+    net.scale = torch.nn.Parameter(torch.tensor(3.0), requires_grad=trained)
+    net.outside.register_forward_hook(lambda module, given, out: out * net.scale)
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
+    try:
+        shard_network(net, mesh, "bf16")
+    except UserError as error:
+        return [str(error)]
+    return [isinstance(net.scale, DTensor), isinstance(net.inside.weight, DTensor), net(X).detach()]
+
+
+def test_a_frozen_scalar_stays_whole_and_a_trained_one_is_refused(ranks):
+    ((is_cut, others_are, output),) = ranks(scaled, False, world=1)
+    assert not is_cut and others_are
+    torch.testing.assert_close(output.float(), 3 * network()(X).detach(), rtol=0.05, atol=0.05)
+    ((message,),) = ranks(scaled, True, world=1)
+    assert "without dimensions" in message and "scale" in message
+
+
 def test_blocks_are_found_innermost_first_and_roots_declared():
     net = network()
     assert [type(b) for b in blocks(net)] == [Block, Block]
     assert roots(net) == [net]
+
+
+def accumulated(rank: int, order: list[str]) -> dict[str, list[torch.Tensor]]:
+    """Gradients of two groups after two micro-batches, with a `backward` of each named loss in this order."""
+    module = Toy(MethodOptions(accumulate=2, precision="bf16"), dropout=0.0)
+    module._device_mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
+    module.configure_model()
+    for module.counters.micro in range(2):
+        x = X + module.counters.micro
+        module._begin({})
+        losses = {
+            "generator": lambda x=x: -module.critic(module.generator(x)).mean(),
+            "critic": lambda x=x: module.critic(x).square().mean(),
+        }
+        for name in order:
+            module.backward(name, losses[name]())
+    grads = {name: [p.grad for p in g.parameters if p.grad is not None] for name, g in module.groups.items()}
+    return {name: [grad.full_tensor() for grad in found] for name, found in grads.items()}
+
+
+def test_no_gradient_reaches_another_sharded_group_over_micro_batches(ranks):
+    """The generator's loss runs through the critic, also in micro-batches before the last."""
+    one = {name: ranks(accumulated, [name], world=1)[0] for name in ("generator", "critic")}
+    assert not one["generator"]["critic"] and not one["critic"]["generator"]
+    for order in (["generator", "critic"], ["critic", "generator"]):
+        (both,) = ranks(accumulated, order, world=1)
+        for name in order:
+            assert len(both[name]) == len(one[name][name]) > 0
+            assert all(torch.equal(a, b) for a, b in zip(both[name], one[name][name], strict=True)), (order, name)
 
 
 def strategy(world: int, nodes: int = 1, **mesh) -> FSDP2:

@@ -269,7 +269,8 @@ class ECAD(MethodModule):
         """What the objectives of a search depend on, as plain values."""
         return {"steps": self.steps, "guidance": self.guidance, "solver": self.solver, "seeds": self.seeds,
                 "shape": list(self.sampler.shape), "reward": type(self.reward).__name__, "sdpa": self.options.sdpa,
-                "first step": self.options.fix_first_step}  # fmt: skip
+                "first step": self.options.fix_first_step, "embedded_guidance": self.embedded_guidance,
+                "text_length": self.text_length, "process": repr(self.process)}  # fmt: skip
 
     def export(self, folder: Path, batches: Iterable[Batch]) -> None:
         """Writes the stock pipeline, which nothing has changed, front.json and the picks of the front beside it."""

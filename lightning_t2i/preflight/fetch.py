@@ -16,7 +16,8 @@ from lightning_t2i.paths import resolve
 Source: TypeAlias = tuple[str, str]  # hub id, revision
 Cache: TypeAlias = dict[Source, Path | None]  # folder in the local cache, named by its commit; None: not there
 
-NAMES = ("teacher", "network", "codec", "text", "tokenizer", "student_from", "latents")  # keys that may hold a hub id
+NAMES = ("teacher", "network", "base", "backbone", "parts", "codec", "image", "text", "tokenizer", "student_from",
+         "latents")  # keys that may hold a hub id  # fmt: skip
 OURS = ("exported", "data", "assets", "configs", "runs")  # folders that a config names before they are made
 # What is read here: configs, tokenizers and safetensors of the components; a pipeline's root also holds single files of
 # all its weights, and its components hold copies in other formats.
@@ -39,7 +40,8 @@ def hub_sources(config: Mapping[str, Any]) -> set[Source]:
             found |= hub_sources(value)
         elif key in NAMES and is_hub_id(value):
             given = config.get(f"{key}_revision", config.get("revision"))  # one of its own, as text_revision
-            found.add((value, (given if key != "student_from" else None) or "main"))
+            alone = key == "student_from" or (key == "tokenizer" and "image" in config)  # Wukong's is its tower's
+            found.add((value, (None if alone else given) or "main"))
     return found
 
 

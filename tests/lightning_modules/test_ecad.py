@@ -697,8 +697,10 @@ def test_a_checkpoint_of_another_search_is_refused(tmp_path: Path) -> None:
     source = pipeline(tmp_path / "pipeline")
     saves = Checkpoints(tmp_path / "run/checkpoints", CheckpointOptions(every=1))
     fit(tmp_path / "run", method(source), 1, callbacks=[saves])
-    with pytest.raises(UserError, match="another search"):
-        fit(tmp_path / "run", method(source, guidance=2.0), 2, resume=newest(tmp_path / "run/checkpoints"))
+    changed: list[dict[str, Any]] = [{"guidance": 2.0}, {"embedded_guidance": 1.0}, {"text_length": 7}]
+    for options in changed:  # each changes the pictures that schedules are judged by
+        with pytest.raises(UserError, match="another search"):
+            fit(tmp_path / "run", method(source, **options), 2, resume=newest(tmp_path / "run/checkpoints"))
 
 
 def test_schedules_of_others_are_refused_before_sampling(tmp_path: Path) -> None:

@@ -141,6 +141,10 @@ def test_sources_of_a_config():
     for own in ("ghi", None):
         found = hub_sources({"text": "owner/bert", "revision": "abc", "text_revision": own})
         assert found == {("owner/bert", own or "main")}
+    wukong = {"image": "owner/clip", "text": "configs/x.json", "tokenizer": "owner/words", "revision": "abc"}
+    assert hub_sources(wukong) == {("owner/clip", "abc"), ("owner/words", "main")}
+    for key in ("base", "backbone", "parts"):
+        assert hub_sources({key: "owner/sd", "revision": "abc"}) == {("owner/sd", "abc")}
     ours = ("assets/tiny", "exported/mine", "a/b/c", "./a", "configs/x.json", None, 3)
     assert [x for x in ours if is_hub_id(x)] == []
 

@@ -220,6 +220,16 @@ def test_P3_ranges_of_the_times(sd) -> None:
         assert t.unique().tolist() == list(range(low, high + 1))
 
 
+def test_P3_the_adapter_learns_at_all_times(sd) -> None:
+    """Also at those near both ends, where g is never asked for."""
+    method, places = built(sd), torch.arange(2000)
+    asked: list[torch.Tensor] = []
+    method.lora.eps = lambda x_t, t, cond: (asked.append(t), x_t)[1]
+    method.lora_loss(torch.zeros(2000, *method.shape), None, places)
+    (t,) = asked
+    assert int(t.min()) < 10 and int(t.max()) > 990
+
+
 def test_P8_guidance(sd, prompts) -> None:
     method = built(sd)
     x, cond, places = first_inputs(method, prompts)

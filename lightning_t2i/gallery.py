@@ -42,6 +42,13 @@ CURVES: dict[str, list[Panel]] = {
         ("shapes score, 100 validation prompts", {"score": "eval/shapes_score/overall@n=100"}),
         ("Fréchet distance of these", {"distance": "eval/fd@n=100,ref=shapes-val:1000"}),
     ],
+    "swiftbrush": [
+        ("loss of the adapter", {"lora": "lora/loss"}),
+        ("gap of both estimates", {"gap": "student/gap"}),
+        ("g by thirds of the times", {
+            "low": "student/g_low", "middle": "student/g_mid", "high": "student/g_high"}),
+        ("x of the student", {"deviation": "student/contrast"}),
+    ],
 }  # fmt: skip
 
 

@@ -46,6 +46,7 @@ class Watch(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.units = self._counting.enter_context(counting_units(pl_module, flops=True))
+        self.predicted = pl_module.forward_units()  # of these steps: later ones may cost something else
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *unused: Any) -> None:
         step = pl_module.counters.step
@@ -106,7 +107,7 @@ def of_method(method: str, quick: bool) -> dict[str, Any] | None:
     timed = period * math.ceil((2 if quick else 30) / period)
     watch = Watch(period * math.ceil((2 if quick else 10) / period))
     fit(module, data, watch.counted + 1 + timed, watch)
-    units = compared(method, module.forward_units(), watch.units)
+    units = compared(method, watch.predicted, watch.units)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT / 1e6
     seconds, batch = statistics.median(watch.seconds), data.training["main"].batch_size
     speed = [method, batch, seconds, batch * module.common.accumulate / seconds, memory]

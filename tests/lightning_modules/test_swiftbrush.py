@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -479,6 +481,18 @@ def test_every_option_changes_the_training(losses, usual, options) -> None:
     assert found != usual
     if options.get("score"):
         assert {name for name, _ in found} == {"student"}
+
+
+def test_dropout_of_the_teachers_network_is_off_everywhere(tmp_path, sd) -> None:
+    """The adapter trains in training mode on weights that the teacher shares."""
+    folder = shutil.copytree(sd, tmp_path / "with-dropout")
+    file = folder / "unet" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "dropout": 0.2}))
+    method = built(str(folder))
+    rates = [
+        m.p for n in (method.student, method.teacher, method.lora) for m in n.modules() if isinstance(m, nn.Dropout)
+    ]
+    assert len(rates) > 6 and set(rates) == {0.0}
 
 
 def test_captions_are_dropped_for_each_sample_or_for_all(sd, prompts) -> None:

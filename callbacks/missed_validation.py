@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 
+from lightning_t2i.counters import validate_now
 from lightning_t2i.loggers import read_lines
 
 
@@ -30,13 +31,13 @@ class MissedValidation(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._trains = True
         if self._misses(trainer, pl_module):
-            _validate(trainer)
+            validate_now(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Of a resumed fit that has no step left, Lightning calls no other hook."""
         if not self._trains and self._misses(trainer, pl_module):
             pl_module.to(trainer.strategy.root_device)  # the strategy has taken it to the CPU
-            _validate(trainer)
+            validate_now(trainer)
             trainer.fit_loop.epoch_loop.val_loop.teardown()
 
     def _misses(self, trainer: L.Trainer, module: Any) -> bool:
@@ -49,11 +50,3 @@ class MissedValidation(L.Callback):
         done = {name for line in lines if line["step"] == counters.step for name in line}
         missing = self.file.is_file() and not any(name.startswith("val/") for name in done)
         return bool(trainer.strategy.broadcast(missing))
-
-
-def _validate(trainer: L.Trainer) -> None:
-    loop = trainer.fit_loop.epoch_loop.val_loop
-    loop.restarting = False  # its progress is that of the validation before
-    trainer.validating = True
-    loop.run()
-    trainer.training = True

@@ -65,7 +65,8 @@ class Diffusion(MethodModule):
         embedded_guidance: what a guidance-distilled network (FLUX.1-dev) is told; other networks ignore it.
         size: side of sampled pictures in pixels; null is the size that the network was made for.
         denoiser, text_encoder: how the weights are updated.
-        uncertainty: how the log variances of that weighting are; they have units to go, so null is Adam at .02.
+        uncertainty: how the log variances of that weighting are; null is Adam at .02, since at a network's rate they
+            would stay near 0.
         common: options of the engine.
     """
 

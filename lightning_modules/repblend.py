@@ -229,7 +229,7 @@ class RepBlend(MeasuredSet):
         # A scalar of the value J whose gradients are those found; that of f goes on through E, once.
         value = sum((t * g).sum() for t, g in zip([*inputs, eta], found.gradients, strict=True))
         scalars = {"image": found.branches[0], "text": found.branches[1], "rate": eta.mean()}
-        if factors:
+        if factors and self.logs_now:
             scalars["similarity"] = similarity(tuple(factors), self.alpha, torch.arange(self.pairs)).abs().max()
         self.backward(tuple(self.groups), found.loss + value - value.detach(), **scalars)
 

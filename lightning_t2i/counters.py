@@ -44,3 +44,12 @@ def advance_global_step(trainer: L.Trainer) -> None:
     loop.manual_optimization.optim_step_progress.increment_ready()
     loop.manual_optimization.optim_step_progress.increment_completed()
     loop._batches_that_stepped = trainer.global_step
+
+
+def validate_now(trainer: L.Trainer) -> None:
+    """Runs the validation of a fit out of turn, between two training steps or beside them."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.restarting = False  # after a resume its progress is that of the validation before
+    trainer.validating = True
+    loop.run()
+    trainer.training = True

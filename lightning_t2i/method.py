@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lightning_t2i.batch import Batch
 from lightning_t2i.building import once, place_frozen
-from lightning_t2i.counters import Counters, advance_global_step
+from lightning_t2i.counters import Counters, advance_global_step, validate_now
 from lightning_t2i.errors import UserError
 from lightning_t2i.group import Group
 from lightning_t2i.guards import stop_unless_finite
@@ -272,9 +272,7 @@ class MethodModule(Saved):
     def on_train_start(self) -> None:
         self._stop_wanted = False
         if self.common.validate_first and self.counters.step == 0 and self.trainer.enable_validation:
-            self.trainer.validating = True
-            self.trainer.fit_loop.epoch_loop.val_loop.run()
-            self.trainer.training = True
+            validate_now(self.trainer)
         self.train()  # frozen networks and EMA twins back to eval, whatever Lightning remembered
 
     def on_train_batch_end(self, *unused: Any) -> None:

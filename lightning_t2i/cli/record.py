@@ -77,7 +77,7 @@ class Record(L.Callback):
 
     def _write(self, trainer: L.Trainer, module: Any) -> None:
         cost = {
-            "seconds": round(self.seconds, 1),
+            "seconds": round(self.seconds, 3),
             "steps": module.counters.step,
             "samples": module.counters.samples,
             "processes": trainer.world_size,

@@ -69,7 +69,7 @@ def distilled(cell: Cell) -> Measured:
 
 def untrained(cell: Cell) -> Measured:
     """The metrics of a student's pictures before its first training step."""
-    method = constructed(resolve(cell.options["config"]))
+    method = constructed(resolve(cell.options["config"]), cell.options.get("overrides"))
     method.configure_model()
     return measure(method.eval(), cell.options["split"], cell.options["n"], cell.seed, cell.options["metrics"])
 

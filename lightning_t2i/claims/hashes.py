@@ -13,7 +13,7 @@ from lightning_t2i.cli.configs import flatten, merge
 from lightning_t2i.golden import FOLDER
 from lightning_t2i.paths import resolve
 
-Hashes = dict[str, Any]  # golden: digest, configs: {file: digest}, data: {source: digest}
+Hashes = dict[str, Any]  # golden: digest, configs: {arm: digest}, data: {source: digest}
 
 
 def digest(value: Any) -> str:
@@ -28,13 +28,16 @@ def golden_hash(method: str) -> str:
     return digest(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else "absent"
 
 
-def config_hash(config: str) -> str:
+def config_hash(config: str, overrides: Mapping[str, Any] | None = None) -> str:
     """Of a config with what it is based on and the architecture files that it names; comments do not count.
+
+    Args:
+        overrides: {dotted key: value} put on top, so that what the file has there does not count either.
 
     Raises:
         UserError: there is no such file, or it cannot be read.
     """
-    merged = merge([Path(config)])
+    merged = merge([Path(config)], [(key, json.dumps(value)) for key, value in (overrides or {}).items()])
     if merged.errors:
         raise merged.errors[0]
     return digest([merged.config, {name: digest(file.read_bytes()) for name, file in _networks(merged.config)}])
@@ -55,18 +58,18 @@ def data_hash(source: str) -> str:
 
 def hashes(matrix: Matrix) -> Hashes:
     """All that the results of a matrix depend on."""
-    configs = sorted({str(arm.options["config"]) for arm in matrix.arms if "config" in arm.options})
+    configured = [(arm.name, arm.options) for arm in matrix.arms if "config" in arm.options]
     found = [golden_hash(method) for method in matrix.golden or (matrix.method,)]
     return {
         "golden": found[0] if len(found) == 1 else digest(found),
-        "configs": {config: config_hash(config) for config in configs},
+        "configs": {name: config_hash(options["config"], options.get("overrides")) for name, options in configured},
         "data": {source: data_hash(source) for source in matrix.data},
     }
 
 
 def cell_key(matrix: Matrix, arm: Arm, found: Hashes) -> str:
     """What the cells of an arm are kept under: its function, options and hashes, and those of what it builds on."""
-    config = found["configs"].get(str(arm.options.get("config")))
+    config = found["configs"].get(arm.name)
     before = [cell_key(matrix, matrix.arm(name), found) for name in arm.after]
     return digest([arm.function, dict(arm.options), config, found["golden"], found["data"], before])
 

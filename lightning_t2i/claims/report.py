@@ -81,7 +81,8 @@ def markdown(result: Result) -> str:
     options = [[f"`{n}`", ", ".join(f"{k} `{v}`" for k, v in a["options"].items())] for n, a in result["arms"].items()]
     parts.append("## What the arms are\n\n" + table(options, ("arm", "options")))
     hashes = result["hashes"]
-    files = [*hashes["configs"].items(), *((f"data {name}", value) for name, value in hashes["data"].items())]
+    kinds = (("config of", "configs"), ("data", "data"))
+    files = [(f"{kind} {name}", value) for kind, part in kinds for name, value in hashes[part].items()]
     parts.append("## What it rests on\n\n" + registered(result))
     facts = [("commit of the run", result["commit"] or "none"), ("machine", result["machine"])]
     facts += [("wall time", f"{result['wall_s'] / 60:.1f} min"), ("golden losses", hashes["golden"]), *files]

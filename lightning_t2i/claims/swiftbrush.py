@@ -52,7 +52,6 @@ from lightning_t2i.metrics.scorers import ScorerOptions
 from lightning_t2i.metrics.shapes_detector import backgrounds
 from lightning_t2i.networks.classifier import ShapesClassifier
 
-CONFIG = "configs/swiftbrush/tiny.yaml"
 NOISES = 4  # of a prompt, for the diversity
 STUDENTS = ("full", "sds", "lora-guidance-1", "dmd", "dmd2")  # whose backgrounds are counted
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".svg", ".tar")
@@ -169,8 +168,7 @@ def matrix(quick: bool = False) -> Matrix:
         name: str, step_s: float, length: int = steps, method: str = "swiftbrush", cell: Any = fit, **overrides: Any
     ) -> Arm:
         groups = {"dmd": ("student", "fake"), "dmd2": ("student", "fake", "discriminator")}
-        names = groups.get(method, ("student",) if overrides.get("score", "lora") != "lora" else ("student", "lora"))
-        totals = {f"{group}.schedule.init_args.total": length for group in names}
+        totals = {f"{g}.schedule.init_args.total": length for g in groups.get(method, ("student", "lora"))}
         changed = {f"model.{key}": value for key, value in {**totals, **overrides}.items()}
         options = {
             "config": f"configs/{method}/tiny.yaml",
@@ -198,11 +196,12 @@ def matrix(quick: bool = False) -> Matrix:
         return Arm(f"{name}-backgrounds", grounds, facts, count, "picture", seconds, tuple(of.values()))
 
     frozen: dict[str, Any] = {"lora.optimizer.init_args.lr": 0.0}
+    full = of("full", 0.7)
     arms = (
         teaches(25),
         teaches(1),
-        Arm("untrained", untrained, {**measured, "config": CONFIG}, n, "picture", 0.02),
-        *of("full", 0.7),
+        Arm("untrained", untrained, {**measured, **full[0].options}, n, "picture", 0.02),
+        *full,
         way("full"),
         *of("sds", 0.35, score="noise"),
         *of("teacher-score", 0.4, score="teacher"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +61,16 @@ class UseAverage(L.Callback):
     on_validation_start = on_test_start = on_predict_start = _use
 
 
-def constructed(config: Path) -> MethodModule:
-    """The method of a config file; its networks are built by `configure_model`."""
+def constructed(config: Path, overrides: Mapping[str, Any] | None = None) -> MethodModule:
+    """The method of a config file; its networks are built by `configure_model`.
+
+    Args:
+        overrides: {dotted key: value} of what the file has otherwise.
+    """
     quiet()
     session = Session()
-    session.parse(merge([config]), "validate")
+    words = [(key, json.dumps(value)) for key, value in (overrides or {}).items()]
+    session.parse(merge([config], words), "validate")
     session.construct()
     return session.method
 

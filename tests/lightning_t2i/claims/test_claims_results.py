@@ -159,11 +159,11 @@ def test_each_hash_makes_a_result_stale(
 
     fresh = check()
     assert fresh[0] == 0 and "fresh" in fresh[1]
-    base.write_text("# a comment\ntrainer:\n  max_steps: 3\n")
+    base.write_text("# a comment\ntrainer:\n  max_steps: 3\n  log_every_n_steps: 7  # which the arm overrides\n")
     assert check() == fresh
     for file, content, key in (
-        (base, "trainer: {max_steps: 4}\n", "configs.config.yaml: "),
-        (toy / "net.json", '{"width": 1}', "configs.config.yaml: "),
+        (base, "trainer: {max_steps: 4}\n", "configs.base: "),
+        (toy / "net.json", '{"width": 1}', "configs.base: "),
         (data / "dataset.json", '{"sha256": "f0"}', f"data.{data}: 0123456789ab -> f0"),
         (toy / "golden" / "toy.json", '{"losses": []}', "golden: absent -> "),
     ):

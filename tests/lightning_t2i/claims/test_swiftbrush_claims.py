@@ -87,7 +87,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def cell_of(folder: Path, **overrides) -> Cell:
-    return Cell(0, folder, {"config": cells.CONFIG, "overrides": {**SMALL, **overrides}})
+    return Cell(0, folder, {"config": "configs/swiftbrush/tiny.yaml", "overrides": {**SMALL, **overrides}})
 
 
 def test_an_adapter_that_never_learns_moves_nothing_and_one_that_does_moves_the_student(folder) -> None:

@@ -48,8 +48,9 @@ def scored(cell, level):
 
 def matrix(quick=False):
     size, config = 1 if quick else 2, os.environ.get("TOY_CONFIG", "configs/trainer/cpu.yaml")
+    overrides = {"trainer.log_every_n_steps": 5}
     return Matrix("toy", (
-        Arm("base", base, {"size": size, "config": config, "overrides": {"trainer.log_every_n_steps": 5}}, 10, "count", 0.2),
+        Arm("base", base, {"size": size, "config": config, "overrides": overrides}, 10, "count", 0.2),
         Arm("better", better, {"gain": 0.5, "size": size}, 1, "call", 1.0, ("base",)),
         Arm("last", last, {}, 1, "call", 1.0, ("better",)),
     ), (

@@ -153,20 +153,26 @@ def test_mistakes_are_told(place, text, message) -> None:
         read(Path("none.chain"))
 
 
-def test_the_shipped_chain_makes_what_its_commands_read(repo) -> None:
-    stages = read(repo / "configs/instaflow/tiny.chain")
-    assert [s.request.verb for s in stages] == ["predict", "fit", "export"] * 2
+@pytest.mark.parametrize("chain", ["tiny", "tiny_long"])
+def test_the_shipped_chains_make_what_their_commands_read(repo, chain) -> None:
+    stages = read(repo / f"configs/instaflow/{chain}.chain")
+    verbs = [s.request.verb for s in stages]
+    assert verbs[:5] == ["predict", "fit", "export", "predict", "fit"]
     from lightning_t2i.cli.configs import merge
 
-    configs = [merge(s.request.configs).config for s in stages if s.request.configs]
-    pairs, reflow, flow_pairs, distill = (c["data"]["init_args"] for c in configs)
+    found = [merge(s.request.configs, s.request.overrides).config for s in stages if s.request.configs]
+    pairs, reflow, flow_pairs, *distilled = (c["data"]["init_args"] for c in found)
     assert pairs["predict"]["init_args"]["folder"] == reflow["main"]["init_args"]["source"]
-    assert flow_pairs["predict"]["init_args"]["folder"] == distill["main"]["init_args"]["source"]
-    flow = configs[2]["model"]["init_args"]
-    assert str(stages[2].out) == flow["network"] == configs[3]["model"]["init_args"]["teacher"]
-    assert flow["guidance"] == configs[3]["model"]["init_args"]["guidance"] == configs[1]["model"]["init_args"]["alpha"]
-    assert configs[0]["model"]["init_args"]["guidance"] == configs[1]["model"]["init_args"]["guidance"]
+    flow, about = found[2]["model"]["init_args"], [c["model"]["init_args"] for c in found]
+    assert str(stages[2].out) == flow["network"] and flow["guidance"] == about[1]["alpha"]
+    assert about[0]["guidance"] == about[1]["guidance"] and len(distilled) == verbs.count("fit") - 1
+    for data, method in zip(distilled, about[3:], strict=True):
+        assert flow_pairs["predict"]["init_args"]["folder"] == data["main"]["init_args"]["source"]
+        assert flow["network"] == method["teacher"] == data["main"]["init_args"]["teacher"]
+        assert flow["guidance"] == method["guidance"]
     assert all(s["predict"]["init_args"]["limit"] == 2000 for s in (pairs, flow_pairs))
+    trained, exported = ([s.request.run for s in stages if s.request.verb == verb] for verb in ("fit", "export"))
+    assert trained == exported
 
 
 # ---- a real chain, killed --------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -190,7 +190,7 @@ def timed(cell: Cell) -> Measured:
     seconds = {}
     for kind in ("hooks", "static"):
         with Executor(method.denoiser.backbone, method.sampler.times, kind) as executor:
-            seconds[kind] = [timing(partial(drawn_by, executor, method, s, z, cond)) for s in front]
+            seconds[kind] = timings([partial(drawn_by, executor, method, s, z, cond) for s in front])
     macs = [progress.macs(schedule) for schedule in front]
     ratio = statistics.median(h / s for h, s in zip(*seconds.values(), strict=True))
     return Measured({"rank_correlation": float(spearmanr(seconds["static"], macs).statistic), "static_gain": ratio})
@@ -202,15 +202,15 @@ def drawn_by(executor: Executor, method: Any, schedule: Schedule | None, z: Tens
     return method.sampler.pictures(z, cond)
 
 
-def timing(run: Callable[[], Any]) -> float:
-    """Median seconds of a call, after one that warms up."""
-    run()
-    found = []
-    for _ in range(REPEATS):
-        began = time.perf_counter()
-        run()
-        found.append(time.perf_counter() - began)
-    return statistics.median(found)
+def timings(runs: Sequence[Callable[[], Any]]) -> list[float]:
+    """Median seconds of each call, after one that warms up; they take turns, so that what else runs hits all alike."""
+    found: list[list[float]] = [[] for _ in runs]
+    for _ in range(1 + REPEATS):
+        for run, seconds in zip(runs, found, strict=True):
+            began = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - began)
+    return [statistics.median(seconds[1:]) for seconds in found]
 
 
 def surrogate(cell: Cell) -> Measured:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,6 +63,18 @@ def test_preferred_is_the_best_that_is_cheap_enough() -> None:
         facts=facts, front=lambda: list(facts), quality=lambda k: facts[k][0], schedule=lambda k: k
     )
     assert [ecad_cells.preferred(archive, m) for m in (5.0, 10.0, 25.0, 99.0)] == [b"a", b"a", b"b", b"c"]
+
+
+def test_times_of_schedules_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, called = [0.0], list[str]()
+    monkeypatch.setattr(ecad_cells, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def call(name: str, seconds: list[float]) -> None:
+        called.append(name)
+        clock[0] += seconds[called.count(name) - 1]
+
+    slow, fast = partial(call, "slow", [9.0, 2.0, 3.0, 2.5]), partial(call, "fast", [9.0, 1.0, 0.5, 7.0])
+    assert ecad_cells.timings([slow, fast]) == pytest.approx([2.5, 1.0]) and called == ["slow", "fast"] * 4
 
 
 def test_the_surrogate_rises(tmp_path: Path) -> None:

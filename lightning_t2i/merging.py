@@ -6,11 +6,12 @@
 An expert is a folder with the networks of BASE (pipelines or single models, of whatever method), or a *delta*: a file
 with theta_i - theta_0 of the denoising network (`save_delta`). The sum is float32; what is written has the precision of
 BASE. Memory is that of a few tensors, whatever the number of experts: files are read in parts, nothing is mapped, and
-while one tensor is summed the next ones are read.
+while one tensor is summed the next ones are read, once: what they are identified by is hashed on the way.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -36,6 +37,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 AHEAD = 3  # tensors that are read before they are needed
+PART = 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,57 @@ class Entry:
         return buffer.view(self.dtype).view(self.shape)
 
 
-def read_ahead(entries: Iterable[Entry]) -> Iterator[Tensor]:
-    """The tensors in order; a thread reads the next ones meanwhile."""
-    with ThreadPoolExecutor(1) as reader:
-        reads: deque[Future[Tensor]] = deque()
+class Digests:
+    """SHA-256 of files whose tensors come in their order; what lies before the first one is read for it.
+
+    A file that is read with gaps or in another order has none.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[Path, tuple[Any, int]] = {}  # hash of the first so many bytes
+
+    def add(self, entry: Entry, tensor: Tensor) -> None:
+        digest, end = self._seen.get(entry.file) or self._head(entry)
+        if entry.offset == end:
+            digest.update(tensor.view(-1).view(torch.uint8).numpy())
+            end += entry.bytes
+        self._seen[entry.file] = digest, end
+
+    @staticmethod
+    def _head(first: Entry) -> tuple[Any, int]:
+        digest, left = hashlib.sha256(), first.offset
+        with first.file.open("rb") as stream:
+            while left:
+                part = stream.read(min(left, PART))
+                digest.update(part)
+                left -= len(part)
+        return digest, first.offset
+
+    def whole(self) -> dict[Path, bytes]:
+        """Of the files that have been read to their end."""
+        return {file: digest.digest() for file, (digest, end) in self._seen.items() if end == file.stat().st_size}
+
+
+def read_ahead(entries: Iterable[Entry], digests: Digests) -> Iterator[Tensor]:
+    """The tensors in order; a thread reads the next ones meanwhile, and another one hashes them."""
+    with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as reader:
+        reads: deque[Future[tuple[Tensor, Future[None]]]] = deque()
+
+        def read(entry: Entry) -> tuple[Tensor, Future[None]]:
+            tensor = entry.read()
+            return tensor, hasher.submit(digests.add, entry, tensor)
+
+        def oldest() -> Tensor:
+            tensor, hashed = reads.popleft().result()
+            hashed.result()  # whoever gets the tensor may change it
+            return tensor
+
         for entry in entries:
-            reads.append(reader.submit(entry.read))
+            reads.append(reader.submit(read, entry))
             if len(reads) > AHEAD:
-                yield reads.popleft().result()
+                yield oldest()
         while reads:
-            yield reads.popleft().result()
+            yield oldest()
 
 
 def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -195,11 +238,11 @@ class Expert:
         """theta_i - theta_0 of a tensor of the source."""
         return tensor if self.is_delta else tensor.float().sub_(base)
 
-    @property
-    def identity(self) -> dict[str, str]:
+    def identity(self, known: Mapping[Path, bytes]) -> dict[str, str]:
+        """What merge.json says of it; `known` are digests of files that need not be read again."""
         if self.is_delta:
             return dict(self.about)
-        return {"folder": self.source.name, "identity": folder_identity(self.source)}
+        return {"folder": self.source.name, "identity": folder_identity(self.source, known=known)}
 
 
 def merge_folders(out: Path, base: Path, experts: Sequence[Path], weights: Sequence[float]) -> Path:
@@ -219,6 +262,7 @@ def merge_folders(out: Path, base: Path, experts: Sequence[Path], weights: Seque
         raise UserError("The base has no safetensors files", where=str(base))
     found = [Expert(source, of_base) for source in experts]
     refuse_mixed([e.about for e in found if e.is_delta])
+    digests = Digests()
 
     def tensors(place: str, entries: Mapping[str, Entry]) -> Iterator[Tensor]:
         parts = {
@@ -226,10 +270,11 @@ def merge_folders(out: Path, base: Path, experts: Sequence[Path], weights: Seque
             if entry.dtype.is_floating_point else []
             for name, entry in entries.items()
         }  # fmt: skip
-        reads = read_ahead(
+        needed = (
             one for name, entry in entries.items()
             for one in (entry, *(e.entries[f"{place}/{name}"] for _, e in parts[name]))
         )  # fmt: skip
+        reads = read_ahead(needed, digests)
         for name in entries:
             theta = next(reads)
             yield merged(theta, ((w, e.tau(next(reads), theta)) for w, e in parts[name]))
@@ -245,7 +290,8 @@ def merge_folders(out: Path, base: Path, experts: Sequence[Path], weights: Seque
         like = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
         place = file.parent.relative_to(base).as_posix()
         write_streamed(target, like, tensors(place, entries), about or {"format": "pt"})
-    write_provenance(out, folder_identity(base), [e.identity for e in found], weights)
+    known = digests.whole()
+    write_provenance(out, folder_identity(base, known=known), [e.identity(known) for e in found], weights)
     return out
 
 

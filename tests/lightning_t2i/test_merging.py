@@ -9,9 +9,11 @@ import torch
 from deme_parts import built, made_up
 from safetensors.torch import load_file, save_file
 
+from lightning_t2i import frozen
 from lightning_t2i.cli.main import main
 from lightning_t2i.cli.merge import parse_weights
 from lightning_t2i.errors import UserError
+from lightning_t2i.frozen import folder_identity
 from lightning_t2i.merging import AHEAD, Entry, index, merge_folders, read_header, save_delta, write_streamed
 
 
@@ -110,6 +112,32 @@ def test_memory_does_not_grow_with_files_or_experts(tmp_path):
         out = merge_folders(tmp_path / "out", tmp_path / "0", [tmp_path / str(k) for k in range(1, 5)], [0.25] * 4)
     assert AHEAD < max(most) <= AHEAD + 3
     assert torch.equal(state(out)["./t3"], torch.full((size,), 2.5))
+
+
+def test_what_is_merged_is_read_once_and_known_as_always(folders, tmp_path, monkeypatch):
+    base, one, two = folders
+    order = ["unet/model-a.safetensors", "unet/model-b.safetensors"]
+    digest, again = frozen._digest_of, []
+    monkeypatch.setattr(frozen, "_digest_of", lambda file: again.append(file) or digest(file))
+    out = merge_folders(tmp_path / "out", base, [one, two], [0.5, 0.0])
+    read = [f.relative_to(tmp_path).as_posix() for f in again if f.suffix == ".safetensors"]
+    assert read == ["two/m.safetensors", *(f"two/{name}" for name in order)]  # what has no weight is not merged
+    about = json.loads((out / "merge.json").read_text())
+    monkeypatch.undo()
+    assert about["base"] == folder_identity(base)
+    assert [e["identity"] for e in about["experts"]] == [folder_identity(one), folder_identity(two)]
+
+
+@pytest.mark.parametrize("order", ["cab", "bca", "cba", "acb"])
+def test_files_in_another_order_are_known_as_always(tmp_path, order):
+    for name, names in (("base", "abc"), ("one", order)):
+        (tmp_path / name).mkdir()
+        like = dict.fromkeys(names, (torch.float32, (3,)))
+        tensors = [torch.full((3,), float(ord(k))) for k in names]
+        write_streamed(tmp_path / name / "m.safetensors", like, tensors, {"format": "pt"})
+    out = merge_folders(tmp_path / "out", tmp_path / "base", [tmp_path / "one"], [0.5])
+    (about,) = json.loads((out / "merge.json").read_text())["experts"]
+    assert about["identity"] == folder_identity(tmp_path / "one") and state(out).keys() == {"./a", "./b", "./c"}
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +74,25 @@ def plot_front(file: Path, found: Mapping[str, Any]) -> None:
     axes.plot(macs, [point["quality"] for point in front], "o-", label="front, as the search saw it", alpha=0.4)
     if None not in fresh:
         axes.plot(macs, fresh, "o-", label="front, on fresh seeds", color="tab:blue")
-    for name, point in found.get("baselines", {}).items():
-        place = point["relative_macs"], point["quality"]
+    for place, name, side in labels(found.get("baselines", {})):
         axes.plot(*place, "x", color="tab:gray")
-        axes.annotate(name, place, (0, -5), textcoords="offset points", fontsize=7, ha="center", va="top")
+        facts = {"textcoords": "offset points", "fontsize": 7, "ha": "center", "va": "bottom" if side > 0 else "top"}
+        axes.annotate(name, place, (0, 5 * side), **facts)
     axes.margins(0.09)
     axes.set(xlabel="MACs, share of no cache", ylabel="quality")
     axes.legend(loc="lower right")
     figure.savefig(file, dpi=120)
+
+
+def labels(baselines: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[tuple[float, float], str, int]]:
+    """Place, names and side (1: above) of what a front is compared with; labels are away from the nearest other point."""
+    names: dict[tuple[float, float], list[str]] = {}
+    for name, point in baselines.items():
+        names.setdefault((point["relative_macs"], point["quality"]), []).append(name)
+    height = max((q for _, q in names), default=0.0) - min((q for _, q in names), default=0.0) or 1.0
+    for place, found in names.items():
+        away = {math.dist((place[0], place[1] / height), (m, q / height)): q for m, q in names if (m, q) != place}
+        yield place, "\n".join(found), 1 if away and away[min(away)] < place[1] else -1
 
 
 def plot_schedule(file: Path, schedule: Schedule) -> None:

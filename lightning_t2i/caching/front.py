@@ -85,7 +85,7 @@ def plot_front(file: Path, found: Mapping[str, Any]) -> None:
 
 
 def labels(baselines: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[tuple[float, float], str, int]]:
-    """Place, names and side (1: above) of what a front is compared with; labels are away from the nearest other point."""
+    """Place, names and side (1: above) of what a front is compared with; labels point away from the nearest other."""
     names: dict[tuple[float, float], list[str]] = {}
     for name, point in baselines.items():
         names.setdefault((point["relative_macs"], point["quality"]), []).append(name)

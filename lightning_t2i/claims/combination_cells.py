@@ -1,4 +1,4 @@
-"""Cells of combinations: one method on what another one left, see `combinations.py`.
+"""Cells of combinations: one method on what another one left, see `combinations.py` and `repblend_sets.py`.
 
 An arm that makes a pipeline leaves it in the folder FLOW of its cell, and one that makes pairs in PAIRS. Options
 `teacher`, `network` and `pairs` name such arms, which come in `after`, or folders that are there.
@@ -18,7 +18,6 @@ from datamodules.records import Shards, data_folder
 from datamodules.shards import Index, ShardWriter, finish
 from datamodules.worlds import shapes
 from datamodules.worlds.shapes_draw import png
-from lightning_modules.experts import FOLDER
 from lightning_t2i.claims import dmd, ecad_cells
 from lightning_t2i.claims.deme_cells import chosen, experts_of
 from lightning_t2i.claims.instaflow_cells import FLOW, PAIRS, place
@@ -70,11 +69,6 @@ def draw(cell: Cell) -> Measured:
 def search(cell: Cell) -> Measured:
     """A search of ECAD on a pipeline: options config, overrides, network."""
     return ecad_cells.searched(with_overrides(cell, model__network=place(cell, "network", FLOW)))
-
-
-def distil_set(cell: Cell) -> Measured:
-    """`fit` of RepBlend on the experts of the seed: options config, overrides."""
-    return fit(with_overrides(cell, model__experts=str(cell.after["experts"] / RUN / FOLDER)))
 
 
 def write_pairs(folder: Path, images: Tensor, metas: Sequence[dict[str, Any]]) -> None:

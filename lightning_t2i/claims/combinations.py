@@ -4,15 +4,12 @@
     (a) experts of sd, merge, pairs, two DMDs   3       320 training steps, 2 x 400 pairs, 2 x 240 training steps
     (b) experts of pixart, merge, two searches  3       320 training steps, 2 x 148 candidates x 30 pictures
     (c) pairs and reflow of flux, two searches  3       400 pairs, 200 training steps, 2 x 148 candidates x 30 pictures
-    (d) experts, set, four Wukongs              3       808 and 120 training steps, 2 x 300 and 2 x 200
     (e) a Wukong and a SwiftBrush as judged     3       600 and 200 training steps, 8 x 400 pictures
 
 In each the same is done with and without the first method: DMD of the merged teacher and of the plain one, on as many
 pairs of each; ECAD on the merged PixArt and on the plain one in 10 steps, on the reflowed FLUX and on the plain one in
-8; Wukong on the distilled pairs and on as many real ones; pictures of students and of their teacher as a Wukong reads
-them. A distilled text is a vector, and the set's own text encoder stands in for Wukong's tower; in a second row of (d)
-it is read as the scene of the real caption that is nearest to it. The Wukong of (e) is trained on whole scenes in
-Chinese, of which an English prompt tells a part.
+8; pictures of students and of their teacher as a Wukong reads them. It is trained on whole scenes in Chinese, of which
+an English prompt tells a part. (d), Wukong on RepBlend's pairs, is in repblend_sets.py.
 """
 
 from __future__ import annotations
@@ -20,11 +17,11 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_t2i.claims import combination_cells as cells
-from lightning_t2i.claims import deme_cells, ecad_cells, instaflow_cells, repblend_cells
+from lightning_t2i.claims import deme_cells, ecad_cells, instaflow_cells
 from lightning_t2i.claims.spec import Arm, Claim, Matrix
 from lightning_t2i.claims.training import fit
 
-METHODS = ("deme", "dmd", "ecad", "fluid", "instaflow", "repblend", "swiftbrush", "wukong")
+METHODS = ("deme", "dmd", "ecad", "fluid", "instaflow", "swiftbrush", "wukong")
 SD, PIXART, FLUX = "assets/tiny/sd", "assets/tiny/pixart", "assets/tiny/flux"
 PICTURE_S, GUIDED_S, PAIR_S, JUDGED_S = 0.02, 0.09, 0.16, 0.018  # one step; 25 guided steps; a pair; under a schedule
 
@@ -86,16 +83,6 @@ def matrix(quick: bool = False) -> Matrix:
               "checkpoints.every": 100}  # fmt: skip
     flux_pairs = {"config": "configs/pairs/instaflow_flux.yaml", "teacher": FLUX, "n": pairs, "guidance": 3.0,
                   "solver": "euler"}  # fmt: skip
-    first, length = (24, 3) if quick else (606, 120)
-    scenes = 200 if quick else cells.TRAIN
-    retrieved = {"data.main.limit": scenes, "data.val.limit": 300, "model.common.validate_first": False}
-    experts = {**quiet, "data.main.limit": scenes, "data.val.limit": 300, "trainer.val_check_interval": first,
-               "checkpoints.every": first, "model.batch_size": 64 if quick else 128}  # fmt: skip
-    distilled = {**still, **retrieved, "trainer.max_steps": length, "trainer.val_check_interval": length,
-                 "trainer.limit_val_batches": 1.0, "checkpoints.every": length, "checkpoints.keep": 5,
-                 "model.protocol.nets": 2, "model.protocol.epochs": 5 if quick else 50,
-                 "model.max_start": 1 if quick else 3, "model.common.log_every": 1}  # fmt: skip
-    read = {"model.towers.schedule.total": wukong // 3, "model.towers.schedule.steps": 10}
     swift = {f"model.{group}.schedule.init_args.total": dmd - dmd // 6 for group in ("student", "lora")}
     judges: dict[str, tuple[str | None, dict[str, Any], float]] = {
         "real": (None, {}, 0.005),
@@ -118,19 +105,6 @@ def matrix(quick: bool = False) -> Matrix:
                 teacher=FLUX, pairs="pairs-flux"),
         *searched("reflowed", "combinations/ecad_of_reflowed", "reflowed"),
         *searched("flux", "combinations/ecad_of_reflowed", FLUX),
-        Arm("experts", repblend_cells.experts,
-            {"config": "configs/experts/tiny.yaml", "overrides": {**experts, "trainer.max_steps": first}}, 2 * first,
-            "training step", 0.07),
-        Arm("distilled", cells.distil_set, {"config": "configs/repblend/tiny.yaml", "overrides": distilled}, length,
-            "iteration", 0.6, ("experts",)),
-        Arm("set", cells.write_set, {"of": "distilled"}, 1, "set", 10.0, ("distilled",)),
-        *(trained(f"wukong-{kind}", cells.read_set, "wukong/tiny_set", wukong // 2, 0.02, ("set",), {
-              "model.towers.schedule.total": wukong // 2}, of="set", kind=kind) for kind in ("set", "real")),
-        *(trained(f"wukong-{kind}", cells.read_set, "combinations/wukong_of_set", wukong // 3, 0.12, ("set",), read,
-                  of="set", kind=kind) for kind in ("near", "real_near")),
-        *(Arm(f"know-{kind}", cells.know,
-              {"of": f"wukong-{kind}", "n": 100 if quick else 500, "language": "zh" if "near" in kind else "en"}, 1,
-              "test", 9.0, (f"wukong-{kind}",)) for kind in ("set", "real", "near", "real_near")),
         trained("judge", fit, "wukong/tiny", wukong, 0.13, (), {"model.towers.schedule.total": wukong}),
         trained("swiftbrush", fit, "swiftbrush/tiny", dmd - dmd // 6, 0.7, (), {**brief, **swift}),
         *(Arm(f"seen-{name}", cells.judge, {"judge": "judge", "of": of, "n": seen, **facts}, seen, "picture", unit_s,
@@ -153,12 +127,6 @@ def matrix(quick: bool = False) -> Matrix:
               hv, "front-flux"),
         *(claim(f"c-{k}", f"Its schedule against FORA {k}, in standard errors.", "front-reflowed", f"FORA {k} detector")
           for k in (2, 3)),
-        claim("d-set", "Retrieval of a Wukong on 50 distilled pairs, its texts by the set's encoder, against one on 50 "
-              "real ones.", "know-set", "mr", "know-real"),
-        claim("d-chance", "Above chance.", "know-set", "above_chance"),
-        claim("d-near", "The same of its own text tower in Chinese, on the nearest captions of the distilled texts.",
-              "know-near", "mr", "know-real_near"),
-        claim("d-near-chance", "Above chance.", "know-near", "above_chance"),
         *(claim(f"e-{name}", f"How often a Wukong finds the caption of a picture, {about}.", f"seen-{name}", "found")
           for name, about in (("real", "real pictures"), ("other", "those of other captions"),
                               ("teacher", "the teacher of 25 steps"), ("fluid", "Fluid"), ("dmd", "DMD in one step"),

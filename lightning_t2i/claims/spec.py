@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # a cell that needs no torch starts without it
     from lightning_t2i.claims.statistics import Direction
 
 OUTCOME = "outcome.json"
-FURTHER = ("fluid_orders", "swiftbrush_longer")  # matrices of a method beside its first one
+FURTHER = ("fluid_orders", "repblend_sets", "swiftbrush_longer")  # matrices of a method beside its first one
 MINUTES = {"full": 90.0, "quick": 10.0}  # most that a matrix may cost on two cores
 
 

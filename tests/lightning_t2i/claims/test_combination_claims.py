@@ -21,27 +21,29 @@ from lightning_t2i.paths import ROOT
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_every_arm_serves_a_claim_and_nothing_is_judged(quick: bool) -> None:
-    matrix = load("combinations", quick)
+@pytest.mark.parametrize("name", ["combinations", "repblend_sets"])
+def test_every_arm_serves_a_claim_and_no_combination_is_judged(name: str, quick: bool) -> None:
+    matrix = load(name, quick)
     used, left = set(), [name for c in matrix.claims for name in (c.arm, c.baseline) if name]
     while left:
         used.add(name := left.pop())
         left += matrix.arm(name).after
     assert used == {arm.name for arm in matrix.arms}
-    assert {c.id[0] for c in matrix.claims} == set("abcde") and all(c.threshold is None for c in matrix.claims)
+    combined = [c for c in matrix.claims if c.id[0] in "abcde"]
+    assert {c.id[0] for c in combined} == set("abce" if name == "combinations" else "d")
+    assert all(c.threshold is None for c in combined)
 
 
 def test_with_and_without_the_first_method_all_else_is_equal() -> None:
-    matrix = load("combinations")
-    for ours, other, differs in (
-        ("dmd-merged", "dmd-plain", {"teacher", "pairs"}),
-        ("pairs-merged", "pairs-plain", {"teacher"}),
-        ("search-merged", "search-pixart", {"network"}),
-        ("search-reflowed", "search-flux", {"network"}),
-        ("wukong-set", "wukong-real", {"kind"}),
-        ("wukong-near", "wukong-real_near", {"kind"}),
+    for matrix, ours, other, differs in (
+        ("combinations", "dmd-merged", "dmd-plain", {"teacher", "pairs"}),
+        ("combinations", "pairs-merged", "pairs-plain", {"teacher"}),
+        ("combinations", "search-merged", "search-pixart", {"network"}),
+        ("combinations", "search-reflowed", "search-flux", {"network"}),
+        ("repblend_sets", "wukong-set", "wukong-real", {"kind"}),
+        ("repblend_sets", "wukong-near", "wukong-real_near", {"kind"}),
     ):
-        a, b = (dict(matrix.arm(name).options) for name in (ours, other))
+        a, b = (dict(load(matrix).arm(name).options) for name in (ours, other))
         assert {key for key in a if a[key] != b[key]} == differs and a.keys() == b.keys()
 
 
@@ -55,9 +57,9 @@ def test_a_merge_has_projections_that_its_base_can_fold(base: str) -> None:
 
 
 def test_a_rehearsal_has_experts_of_as_many_epochs_as_it_asks_for() -> None:
-    options = load("combinations", quick=True).arm("experts").options["overrides"]
+    options = load("repblend_sets", quick=True).arm("experts").options["overrides"]
     epochs = options["trainer.max_steps"] // -(-options["data.main.limit"] // options["model.batch_size"])
-    distilled = load("combinations", quick=True).arm("distilled").options["overrides"]
+    distilled = load("repblend_sets", quick=True).arm("repblend").options["overrides"]
     merged = merge([ROOT / "configs/repblend/tiny.yaml"]).config["model"]["init_args"]
     assert epochs >= distilled["model.max_start"] - 1 + merged["expert_epochs"]
 
@@ -65,6 +67,13 @@ def test_a_rehearsal_has_experts_of_as_many_epochs_as_it_asks_for() -> None:
 def test_each_combination_has_a_config_that_says_how_to_make_what_it_needs() -> None:
     files = sorted(path.stem for path in (ROOT / "configs" / "combinations").glob("*.yaml"))
     assert files == ["dmd_of_merged", "ecad_of_merged", "ecad_of_reflowed", "wukong_of_set"]
+
+
+def test_more_seeds_of_repblend_are_other_ones_with_equal_arms() -> None:
+    first, more = load("repblend"), load("repblend_sets")
+    assert not set(first.seeds) & set(more.seeds) and len(more.seeds) == 5
+    for name in ("experts", "tune-repblend", "repblend", "know-repblend", "random"):
+        assert more.arm(name) == first.arm(name)
 
 
 def test_pairs_are_written_as_a_data_set(tmp_path: Path) -> None:
@@ -119,6 +128,6 @@ def test_a_result_is_stale_when_the_mathematics_of_any_of_the_methods_changes(tm
         (tmp_path / f"{name}.json").write_text('{"losses": [1.0]}')
     monkeypatch.setattr(hashes, "FOLDER", tmp_path)
     before = hashes.hashes(matrix)["golden"]
-    assert len(matrix.golden) == 8 and hashes.hashes(matrix)["golden"] == before
+    assert len(matrix.golden) == 7 and hashes.hashes(matrix)["golden"] == before
     (tmp_path / "wukong.json").write_text('{"losses": [2.0]}')
     assert hashes.hashes(matrix)["golden"] != before

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from benchmarks.running import isolated
 from lightning_t2i.keys import Keys
-from lightning_t2i.merging import merge_folders, write_streamed
+from lightning_t2i.merging import merge_folders
 from lightning_t2i.networks.load import build_network, read_architecture
 from lightning_t2i.state_io import flush
+from lightning_t2i.streamed import write_streamed
 
 NETWORKS = {"full": "configs/networks/sd15_unet.json", "quick": "configs/networks/tiny_sd_unet.json"}
 EXPERTS, PART = 4, 16 * 2**20

@@ -16,9 +16,10 @@ from callbacks.inference import data_name, first_records, log_metrics, undisturb
 from lightning_t2i.errors import UserError
 from lightning_t2i.held_out import Data, HeldOut
 from lightning_t2i.merge_search import Search, search
-from lightning_t2i.merging import PROVENANCE, read_header, write_provenance
+from lightning_t2i.merging import PROVENANCE, write_provenance
 from lightning_t2i.metrics.scorers import ScorerOptions, build_scorer, check_metrics
 from lightning_t2i.range_experts import RangeExperts
+from lightning_t2i.streamed import read_header
 
 
 @dataclass(frozen=True)

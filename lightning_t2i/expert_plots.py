@@ -26,10 +26,10 @@ from torch import Tensor
 from lightning_t2i.errors import UserError
 from lightning_t2i.held_out import Data, HeldOut
 from lightning_t2i.keys import Keys
-from lightning_t2i.merging import read_header
 from lightning_t2i.networks.denoiser import Denoiser
 from lightning_t2i.range_experts import RangeExperts
 from lightning_t2i.state_io import write_atomically
+from lightning_t2i.streamed import read_header
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 SPAN = (-0.5, 1.5)  # of both coefficients of the landscape

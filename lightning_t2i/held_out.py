@@ -11,8 +11,8 @@ from torch.func import functional_call
 
 from lightning_t2i.batch import Cond, Records
 from lightning_t2i.keys import Keys
-from lightning_t2i.merging import read_header
 from lightning_t2i.range_experts import RangeExperts
+from lightning_t2i.streamed import read_header
 
 Data = list[tuple[Records, Cond | None]]
 

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from lightning_t2i.errors import UserError
 from lightning_t2i.frozen import freeze
-from lightning_t2i.merging import check_weights, merged, read_header, refuse_mixed, save_delta
+from lightning_t2i.merging import check_weights, merged, refuse_mixed, save_delta
 from lightning_t2i.method import MethodModule
 from lightning_t2i.networks.denoiser import Denoiser
 from lightning_t2i.networks.projections import inject, projected
 from lightning_t2i.options import MethodOptions
 from lightning_t2i.state_io import copy_into, full_tensor, local_tensor
+from lightning_t2i.streamed import read_header
 
 log = logging.getLogger(__name__)
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from lightning_t2i.errors import UserError
 from lightning_t2i.keys import Keys
-from lightning_t2i.merging import read_header
 from lightning_t2i.networks import load
 from lightning_t2i.paths import resolve
 from lightning_t2i.preflight.known import KNOWN, Files
 from lightning_t2i.processes import timesteps
+from lightning_t2i.streamed import read_header
 
 LONGEST = 10**9  # what a tokenizer that says nothing takes, as transformers' own
 

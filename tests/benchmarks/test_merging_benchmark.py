@@ -3,8 +3,8 @@
 import torch
 
 from benchmarks import merging
-from lightning_t2i.merging import index
 from lightning_t2i.networks.load import build_network
+from lightning_t2i.streamed import index
 
 
 def test_the_quick_benchmark_measures_a_merge() -> None:

@@ -22,7 +22,7 @@ from lightning_t2i.errors import UserError
 from lightning_t2i.expert_plots import cosines, gradient_cosines
 from lightning_t2i.forward_units import counting_units, differences
 from lightning_t2i.keys import Keys
-from lightning_t2i.merging import merged, read_header
+from lightning_t2i.merging import merged
 from lightning_t2i.networks.denoiser import Denoiser
 from lightning_t2i.networks.load import build_network
 from lightning_t2i.networks.projections import add_projections, fold, fold_stock, projected, sites
@@ -30,6 +30,7 @@ from lightning_t2i.networks.switch import Switch
 from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions
 from lightning_t2i.processes import DDPM, Uniform, sample
 from lightning_t2i.state_io import full_tensor
+from lightning_t2i.streamed import read_header
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .* does not have many workers")
 

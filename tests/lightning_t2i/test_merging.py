@@ -14,7 +14,8 @@ from lightning_t2i.cli.main import main
 from lightning_t2i.cli.merge import parse_weights
 from lightning_t2i.errors import UserError
 from lightning_t2i.frozen import folder_identity
-from lightning_t2i.merging import AHEAD, Entry, index, merge_folders, read_header, save_delta, write_streamed
+from lightning_t2i.merging import merge_folders, save_delta
+from lightning_t2i.streamed import AHEAD, Entry, index, read_header, write_streamed
 
 
 def folder(path, seed: int, dtype=torch.float32, **more):

@@ -21,16 +21,16 @@ from lightning_t2i.paths import ROOT
 
 
 @pytest.mark.parametrize("quick", [False, True])
-@pytest.mark.parametrize("name", ["combinations", "repblend_sets"])
-def test_every_arm_serves_a_claim_and_no_combination_is_judged(name: str, quick: bool) -> None:
-    matrix = load(name, quick)
+@pytest.mark.parametrize("file", ["combinations", "repblend_sets"])
+def test_every_arm_serves_a_claim_and_no_combination_is_judged(file: str, quick: bool) -> None:
+    matrix = load(file, quick)
     used, left = set(), [name for c in matrix.claims for name in (c.arm, c.baseline) if name]
     while left:
         used.add(name := left.pop())
         left += matrix.arm(name).after
     assert used == {arm.name for arm in matrix.arms}
     combined = [c for c in matrix.claims if c.id[0] in "abcde"]
-    assert {c.id[0] for c in combined} == set("abce" if name == "combinations" else "d")
+    assert {c.id[0] for c in combined} == set("abce" if file == "combinations" else "d")
     assert all(c.threshold is None for c in combined)
 
 

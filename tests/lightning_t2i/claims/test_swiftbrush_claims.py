@@ -11,6 +11,8 @@ import torch
 from lightning_t2i.claims import swiftbrush as cells
 from lightning_t2i.claims.spec import Cell, Measured, Outcome, load
 from lightning_t2i.claims.swiftbrush_longer import watched
+from lightning_t2i.cli.restore import constructed
+from lightning_t2i.paths import resolve
 
 SMALL = {
     "data.main.batch_size": 4,
@@ -84,6 +86,14 @@ def test_the_way_from_one_step_to_many(tmp_path) -> None:
 def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("LIGHTNING_T2I_RUNS", str(tmp_path))  # `fit` sets it, and it is taken back here
     return tmp_path
+
+
+def test_the_untrained_student_is_that_of_the_full_arm() -> None:
+    matrix = load("swiftbrush")
+    untrained, full = (matrix.arm(name).options for name in ("untrained", "train-full"))
+    assert {key: untrained[key] for key in full} == dict(full)
+    method = constructed(resolve(full["config"]), {**full["overrides"], "model.lora_rank": 3})
+    assert method.lora_rank == 3 != constructed(resolve(full["config"])).lora_rank  # overrides count
 
 
 def cell_of(folder: Path, **overrides) -> Cell:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -36,14 +35,9 @@ def run(*words: str, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
     ],
 )
 def test_quick_answers_come_before_torch_is_imported(repo, tmp_path, words, code, expected) -> None:
-    seconds = []
-    for _ in range(3):  # the least of three: another process may have the cores
-        start = time.monotonic()
-        done = run("-c", WITHOUT_TORCH, str(repo), *words, cwd=tmp_path)
-        seconds.append(time.monotonic() - start)
-        assert done.returncode == code, done.stderr
-        assert expected in done.stdout + done.stderr
-    assert min(seconds) < 1.0
+    done = run("-c", WITHOUT_TORCH, str(repo), *words, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert expected in done.stdout + done.stderr
 
 
 def test_the_file_itself_answers(repo, tmp_path) -> None:

@@ -111,20 +111,17 @@ def merge_folders(out: Path, base: Path, experts: Sequence[Path], weights: Seque
     refuse_mixed([e.about for e in found if e.is_delta])
     digests = Digests()
 
-    def tensors(place: str, entries: Mapping[str, Entry]) -> Iterator[Tensor]:
-        parts = {
-            name: [(w, e) for w, e in zip(weights, found, strict=True) if w and f"{place}/{name}" in e.entries]
-            if entry.dtype.is_floating_point else []
-            for name, entry in entries.items()
-        }  # fmt: skip
-        needed = (
-            one for name, entry in entries.items()
-            for one in (entry, *(e.entries[f"{place}/{name}"] for _, e in parts[name]))
-        )  # fmt: skip
-        reads = read_ahead(needed, digests)
-        for name in entries:
+    def pieces(place: str, entries: Mapping[str, Entry]) -> Iterator[Tensor]:
+        plan: list[tuple[list[tuple[float, Expert]], tuple[Entry, ...]]] = []  # of each piece: what is added, reads
+        for name, entry in entries.items():
+            pairs = zip(weights, found, strict=True) if entry.dtype.is_floating_point else ()
+            added = [(w, e) for w, e in pairs if w and f"{place}/{name}" in e.entries]
+            sources = (entry, *(e.entries[f"{place}/{name}"] for _, e in added))
+            plan += [(added, row) for row in zip(*(one.pieces() for one in sources), strict=True)]
+        reads = read_ahead((piece for _, row in plan for piece in row), digests)
+        for added, (own, *_) in plan:
             theta = next(reads)
-            yield merged(theta, ((w, e.tau(next(reads), theta)) for w, e in parts[name]))
+            yield merged(theta, ((w, e.tau(next(reads), theta)) for w, e in added)).to(own.dtype)
 
     for file in sorted(p for p in base.rglob("*") if p.is_file()):
         target = out / file.relative_to(base)
@@ -136,7 +133,7 @@ def merge_folders(out: Path, base: Path, experts: Sequence[Path], weights: Seque
         entries, about = read_header(file)
         like = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
         place = file.parent.relative_to(base).as_posix()
-        write_streamed(target, like, tensors(place, entries), about or {"format": "pt"})
+        write_streamed(target, like, pieces(place, entries), about or {"format": "pt"})
     known = digests.whole()
     write_provenance(out, folder_identity(base, known=known), [e.identity(known) for e in found], weights)
     return out

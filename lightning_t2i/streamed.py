@@ -1,4 +1,5 @@
-"""Safetensors files that are read and written tensor by tensor, in parts and without mapping them: little memory."""
+"""Safetensors files that are read and written piece by piece, without mapping them: little memory, of which the same is
+used again and again, since memory that the system hands out for each tensor costs more than reading it."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from lightning_t2i.state_io import flush
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-AHEAD = 3  # tensors that are read before they are needed
+AHEAD = 8  # pieces that are read before they are needed
+PIECE = 2**20  # numbers of a tensor that are read at once
 PART = 2**20  # bytes
 
 
@@ -39,6 +41,12 @@ class Entry:
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def pieces(self) -> Iterator[Entry]:
+        """The tensor, flat, PIECE numbers at a time; none of an empty one."""
+        for start in range(0, count := math.prod(self.shape), PIECE):
+            offset = self.offset + start * self.dtype.itemsize
+            yield replace(self, offset=offset, shape=(min(PIECE, count - start),))
 
     def read(self) -> Tensor:
         buffer = torch.empty(self.bytes, dtype=torch.uint8)
@@ -128,10 +136,10 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 
 def write_streamed(
-    file: Path, like: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[Tensor],
+    file: Path, like: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], pieces: Iterable[Tensor],
     metadata: Mapping[str, str],
 ) -> None:  # fmt: skip
-    """Writes a safetensors file of tensors that come one by one in the order of `like`; whole or not at all."""
+    """Writes a safetensors file of the tensors `like`, whose bytes are those of `pieces`; whole or not at all."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, (dtype, shape) in like.items():
@@ -144,9 +152,12 @@ def write_streamed(
     try:
         with temporary.open("wb", buffering=0) as stream:
             stream.write(len(head).to_bytes(8, "little") + head)
-            for tensor, (dtype, _) in zip(tensors, like.values(), strict=True):
-                whole = tensor.detach().to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
-                _write(stream, whole)
+            for piece in pieces:
+                data = piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                _write(stream, data)
+                offset -= len(data)
+        if offset:
+            raise ValueError(f"{file}: pieces have {-offset:+} bytes more than their tensors")
         flush(temporary)
         os.replace(temporary, file)
     except BaseException:

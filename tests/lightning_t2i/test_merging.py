@@ -9,7 +9,7 @@ import torch
 from deme_parts import built, made_up
 from safetensors.torch import load_file, save_file
 
-from lightning_t2i import frozen
+from lightning_t2i import frozen, streamed
 from lightning_t2i.cli.main import main
 from lightning_t2i.cli.merge import parse_weights
 from lightning_t2i.errors import UserError
@@ -94,9 +94,10 @@ def test_a_delta_is_added_to_the_denoising_network_alone(folders, tmp_path):
         assert torch.equal(found[name], tensor + 0.5 if name == "unet/a.weight" else tensor)
 
 
-def test_memory_does_not_grow_with_files_or_experts(tmp_path):
-    """The sum, what is added, and those that are read ahead, of sixteen in each of five folders."""
+def test_memory_does_not_grow_with_tensors_files_or_experts(tmp_path, monkeypatch):
+    """The sum, what is added, and those that are read ahead, of 48 pieces in each of five folders."""
     size = 250_000
+    monkeypatch.setattr(streamed, "PIECE", 100_000)
     for k in range(5):
         (tmp_path / str(k)).mkdir()
         save_file({f"t{i}": torch.full((size,), float(k)) for i in range(16)}, tmp_path / str(k) / "m.safetensors")
@@ -105,13 +106,13 @@ def test_memory_does_not_grow_with_files_or_experts(tmp_path):
     def counted(self):
         tensor = read(self)
         living.add(tensor)
-        most.append(len(living))
+        most.append((len(living), len(tensor)))
         return tensor
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Entry, "read", counted)
         out = merge_folders(tmp_path / "out", tmp_path / "0", [tmp_path / str(k) for k in range(1, 5)], [0.25] * 4)
-    assert AHEAD < max(most) <= AHEAD + 3
+    assert AHEAD < max(most)[0] <= AHEAD + 3 and {length for _, length in most} == {100_000, 50_000}
     assert torch.equal(state(out)["./t3"], torch.full((size,), 2.5))
 
 
@@ -197,7 +198,22 @@ def test_a_failing_write_leaves_nothing(tmp_path):
     like = {"a": (torch.float32, (2,)), "b": (torch.float32, (2,))}
     with pytest.raises(OSError, match="full"):
         write_streamed(tmp_path / "m.safetensors", like, tensors(), {})
+    for count, more in ((3, "-4 bytes"), (5, r"\+4 bytes")):
+        with pytest.raises(ValueError, match=more):
+            write_streamed(tmp_path / "m.safetensors", like, [torch.ones(count)], {})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_pieces_of_another_precision_meet(tmp_path, monkeypatch, dtype):
+    """A float32 base and an expert of either precision, in pieces of three numbers: no matter."""
+    for name, factor, own in (("base", 1.0, torch.float32), ("one", 3.0, dtype)):
+        (tmp_path / name).mkdir()
+        tensors = {"a": factor * torch.arange(10.0), "b": factor * torch.ones(()), "empty": torch.ones(0, 4)}
+        save_file({k: t.to(own) for k, t in tensors.items()}, tmp_path / name / "m.safetensors")
+    monkeypatch.setattr(streamed, "PIECE", 3)
+    found = state(merge_folders(tmp_path / "out", tmp_path / "base", [tmp_path / "one"], [0.5]))
+    assert torch.equal(found["./a"], 2 * torch.arange(10.0)) and found["./b"] == 2 and found["./empty"].shape == (0, 4)
 
 
 def test_a_truncated_file_is_told(tmp_path):

@@ -18,7 +18,7 @@ class NonFiniteError(RuntimeError):
 
 
 def stop_unless_finite(
-    method: MethodModule, losses: list[tuple[str, Tensor]], norms: dict[str, Tensor], seen: list[dict[str, list[int]]]
+    method: MethodModule, losses: list[tuple[str, Tensor]], norms: dict[str, Tensor], seen: list[dict[str, Tensor]]
 ) -> None:
     """Stops all processes together when one of them has a loss or gradient norm that is not finite.
 
@@ -39,13 +39,14 @@ def stop_unless_finite(
     if bool(trainer.strategy.reduce(finite, reduce_op="sum") > trainer.world_size - 0.5):
         return
     folder = Path(trainer.default_root_dir)
+    ids = [{name: found.tolist() for name, found in micro.items()} for micro in seen]
     report = {
         "step": step,
         "seed": seed,
         "rank": method.global_rank,
         "losses": [(name, float(loss)) for name, loss in losses],
         "gradient_norms": {name: float(norm) for name, norm in norms.items()},
-        "ids": seen,
+        "ids": ids,
         # The run goes on from its newest checkpoint and comes to the same step with the same batches and draws.
         "replay": f"python train.py fit --run {folder.name}",
     }
@@ -55,6 +56,6 @@ def stop_unless_finite(
     raise NonFiniteError(
         f"A loss or gradient norm is not finite at training step {step}; no weight was changed.\n"
         f"  losses: {report['losses']}\n  gradient norms: {report['gradient_norms']}\n"
-        f"  sample ids: {seen}\n  keys: seed {seed}, step {step}\n"
+        f"  sample ids: {ids}\n  keys: seed {seed}, step {step}\n"
         f"  written: {file}\n  replay:  {report['replay']}"
     )

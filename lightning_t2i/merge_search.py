@@ -2,16 +2,18 @@
 
     uniform      w_i = 1 / N
     grid         all of grid^N                                                     |grid|^N evaluations
-    gradient     L-BFGS (strong Wolfe) from 0, with dJ/dw_i = <dJ/dtheta, tau_i>   a forward and backward each
+    gradient     L-BFGS (strong Wolfe) from 0, with dJ/dw_i = <dJ/dtheta, tau_i>   a forward and backward each;
+                 J over its slope at 0, so that no unit of a loss is small or large for it
     quadratic    J(0) + g w + w H w / 2 through N (N + 3) / 2 + 1 evaluations; its least point where H > 0
     coordinate   one weight after the other, a step to each side, which is halved when none helps
 
-Each returns the best of what it evaluated, the base included: on the objective it is never worse than the base, which
-says nothing of other data, noise or metrics. The reference has no search (arXiv 2410.06664 names a grid).
+Each but `uniform` returns the best of what it evaluated, the base included: on the objective it is never worse than the
+base, which says nothing of other data, noise or metrics. The reference has no search (arXiv 2410.06664 names a grid).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -70,14 +72,16 @@ def search(
         limit: evaluations after which gradient and coordinate search end.
 
     Raises:
-        UserError: a grid of too many points.
+        UserError: a grid of too many points, or an objective that is not finite at the base.
     """
     if method == "grid" and len(grid) ** number > MOST:
         fix = "coordinate or gradient, whose cost does not grow so"
         given = f"{len(grid)} values, {number} experts"
         raise UserError("The grid has too many points", where="merge.grid", given=given, allowed=str(MOST), fix=fix)
     tried = Tried(objective, limit)
-    tried([0.0] * number)
+    if not math.isfinite(value := tried([0.0] * number)):
+        what, fix = "The held-out loss of the base is not finite", "look at the base itself: ./run validate"
+        raise UserError(what, where="merge.search", given=value, fix=fix)
     {"uniform": _uniform, "grid": _grid, "gradient": _gradient, "quadratic": _quadratic, "coordinate": _coordinate}[
         method
     ](tried, number, grid)
@@ -101,11 +105,16 @@ def _gradient(tried: Tried, number: int, grid: Sequence[float]) -> None:
         [w], max_iter=tried.limit, max_eval=max(tried.limit - tried.count, 1), line_search_fn="strong_wolfe"
     )
 
+    first: list[float] = []
+
     def closure() -> float:
         weights = w.tolist()
         value, gradient = tried.objective.gradient(weights)
         w.grad = torch.tensor(gradient, dtype=torch.float64)
-        return tried.note(weights, value)
+        tried.note(weights, value)
+        first.append(float(w.grad.norm()) or 1.0)
+        w.grad /= first[0]  # L-BFGS ends by absolute tolerances
+        return value / first[0]
 
     optimizer.step(closure)
 

@@ -75,8 +75,8 @@ class MethodModule(Saved):
         self._inside_step = self._stop_wanted = False
         self._pending: Plain | None = None
         self._losses: list[tuple[str, Tensor]] = []
-        self._scalars: dict[str, Tensor | float] = {}
-        self._seen: list[dict[str, list[int]]] = []
+        self._scalars: dict[str, list[Tensor | float]] = {}
+        self._seen: list[dict[str, Tensor]] = []
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -161,9 +161,11 @@ class MethodModule(Saved):
         self.note(**{f"{names[0]}/loss": loss, **{f"{names[0]}/{k}": v for k, v in scalars.items()}})
 
     def note(self, **scalars: Tensor | float) -> None:
-        """Keeps values for the log line of this training step; dropped in steps that are not logged."""
+        """Keeps values for the log line of this training step, which has their mean over its micro-batches; dropped in
+        steps that are not logged."""
         if self.logs_now:
-            self._scalars.update({k: v.detach() if isinstance(v, Tensor) else v for k, v in scalars.items()})
+            for name, value in scalars.items():
+                self._scalars.setdefault(name, []).append(value.detach() if isinstance(value, Tensor) else value)
 
     def gathered(self, rows: Tensor, gradients: bool = False) -> Tensor:
         """The rows of all processes in the order of their ranks: [B, ...] -> [W B, ...].
@@ -201,7 +203,7 @@ class MethodModule(Saved):
         for group in self.groups.values():
             set_gradient_sync(group.network, reduced)
         self.keys.seed_globals(self.counters.micro, self.global_rank)
-        self._seen.append({name: records.id.tolist() for name, records in batch.items()})
+        self._seen.append({name: records.id for name, records in batch.items()})
 
     def _finish(self, batch: Batch) -> None:
         counters = self.counters
@@ -233,11 +235,14 @@ class MethodModule(Saved):
         ):
             return
         for name, group in self.groups.items():
-            self._scalars[f"{name}/lr"] = group.learning_rate()
+            self._scalars[f"{name}/lr"] = [group.learning_rate()]
             if name in norms:
-                self._scalars[f"{name}/grad_norm"] = norms[name]
+                self._scalars[f"{name}/grad_norm"] = [norms[name]]
         values = torch.stack(
-            [torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in self._scalars.values()]
+            [
+                torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in many]).mean()
+                for many in self._scalars.values()
+            ]
         )
         values = self.trainer.strategy.reduce(values, reduce_op="mean")
         metrics = dict(zip(self._scalars, values.tolist(), strict=True)) | {"samples": self.counters.samples}

@@ -49,7 +49,7 @@ class Stage:
     global_rank = global_step = 0
     loggers: tuple[()] = ()
     progress_bar_callback = None
-    testing = False
+    training, testing = True, False
 
     def __init__(self, data: Any, ranks: int):
         self.datamodule, self.world_size = data, ranks

@@ -235,7 +235,7 @@ def test_P10_a_zero_denominator_gives_a_finite_g_and_is_counted() -> None:
     constant = Gaussian(0.3, 0.0)  # its denoiser answers 0.3 to everything
     method = world(Exact(constant, EDM()), Exact(constant, EDM(), shift=1.0))
     method.matching(torch.full((4, DIM, 1, 1), 0.3), None, torch.arange(4))
-    assert int(method._scalars["student/clamped"]) == 4
+    assert int(*method._scalars["student/clamped"]) == 4
 
 
 # ---- tiny networks ---------------------------------------------------------------------------------------------------

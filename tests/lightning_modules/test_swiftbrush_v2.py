@@ -92,7 +92,7 @@ def test_the_clip_loss_is_that_of_decoded_pictures_and_has_a_gradient(sd) -> Non
     torch.testing.assert_close(found, torch.autograd.grad(expected, x)[0])
     assert float(found.abs().max()) > 0
     assert all(p.grad is None and not p.requires_grad for p in (*method.clip.parameters(), *method.codec.parameters()))
-    notes = {n: float(v) for n, v in method._scalars.items()}
+    notes = {n: float(*v) for n, v in method._scalars.items()}
     assert notes["student/fits"] == pytest.approx(float(fits.detach().mean()), rel=1e-5)
     assert notes["student/clip"] == pytest.approx(float(expected.detach()) / 0.3, rel=1e-5)
 

@@ -33,6 +33,29 @@ def test_a_quadratic_objective_is_solved(method, evaluations):
     assert found.count <= evaluations
 
 
+@pytest.mark.parametrize("size", [1e-8, 1e-4, 1e4])
+def test_the_unit_of_the_objective_is_no_matter(size):
+    class Small(Quadratic):
+        def value(self, weights):
+            return size * super().value(weights)
+
+        def gradient(self, weights):
+            return self.value(weights), [size * slope for slope in super().gradient(weights)[1]]
+
+    objective = Small()
+    assert search("gradient", 4, objective, limit=60).weights == pytest.approx(objective.best.tolist(), abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["gradient", "coordinate", "uniform"])
+def test_an_objective_that_is_no_number_is_told(method):
+    class Broken(Quadratic):
+        def value(self, weights):
+            return float("nan")
+
+    with pytest.raises(UserError, match="not finite"):
+        search(method, 4, Broken())
+
+
 def test_quadratic_search_uses_the_fewest_evaluations_that_determine_it():
     assert search("quadratic", 3, Quadratic(3)).count == 3 * 6 // 2 + 1 + 1  # and one at its least point
 

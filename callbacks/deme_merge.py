@@ -15,9 +15,9 @@ import torch
 from callbacks.inference import data_name, first_records, log_metrics, undisturbed
 from lightning_t2i.errors import UserError
 from lightning_t2i.held_out import Data, HeldOut
-from lightning_t2i.merge_search import Search, search
+from lightning_t2i.merge_search import Search, check_grid, search
 from lightning_t2i.merging import PROVENANCE, write_provenance
-from lightning_t2i.metrics.scorers import ScorerOptions, build_scorer, check_metrics
+from lightning_t2i.metrics.scorers import Scorer, ScorerOptions, build_scorer, check_metrics
 from lightning_t2i.range_experts import RangeExperts
 from lightning_t2i.streamed import read_header
 
@@ -35,8 +35,8 @@ class MergeOptions:
         n: samples of the objective, and pictures of each metric, rounded up to whole batches.
         metrics: of shapes_score, fd, kd, recall, clip_score: of base, merged model and experts in turn, at other noise
             than the search saw, and on other data where there is a test split.
-        in_validation: validate the merged model in the place of the trained expert, once all deltas are there; with
-            given weights.
+        in_validation: `train.py validate` measures the merged model in the place of the trained expert, where all
+            deltas are there; with given weights. Validations of a fit measure what is trained.
         networks: where the metrics' networks and references are.
     """
 
@@ -74,8 +74,13 @@ class DeMeMerge(L.Callback):
         self._merged = ExitStack()  # while a validation sees the merged model
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Refuses what could not be merged, before the training and not after it."""
+        """Refuses what could not be merged or measured, before the training and not after it."""
         self._check(pl_module)
+        if self.options.enabled:
+            split = self._reported(trainer)
+            if split == "val" or self.options.weights is None:
+                next(first_records(trainer, "val", 1, "cpu"))
+            self._scorers(trainer, split)
 
     def _check(self, module: Any) -> None:
         options = self.options
@@ -88,12 +93,14 @@ class DeMeMerge(L.Callback):
             given, allowed = f"{len(options.weights)} weights", f"{module.num_ranges}, one for each range"
             raise UserError("There must be one weight for each range", where="merge.weights", given=given,
                             allowed=allowed)  # fmt: skip
+        if options.weights is None:
+            check_grid(options.search, module.num_ranges, options.grid)
 
     # ---- in validations ------------------------------------------------------------------------------------------
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._check(pl_module)
-        if self.options.in_validation and pl_module.all_deltas() is not None:
+        if self.options.in_validation and trainer.state.fn == "validate" and pl_module.all_deltas() is not None:
             self._merged.enter_context(pl_module.merged(self.options.weights))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -149,17 +156,20 @@ class DeMeMerge(L.Callback):
         found = first_records(trainer, split, self.options.n, module.device)
         return [(records, module.condition(records)) for records in found]
 
-    def _report(self, trainer: L.Trainer, module: Any, weights: Sequence[float]) -> dict[str, float]:
-        """Loss and metrics of base, merged model and experts that take turns, at noise that no search saw.
+    def _reported(self, trainer: L.Trainer) -> str:
+        """Test data, or the pictures of the search where there is no test split."""
+        return "test" if "test" in getattr(trainer.datamodule, "finite", {}) else "val"
 
-        On test data, or on the pictures of the search where there is no test split.
-        """
-        split = "test" if "test" in getattr(trainer.datamodule, "finite", {}) else "val"
+    def _scorers(self, trainer: L.Trainer, split: str) -> list[Scorer]:
+        return [build_scorer(name, self.options.networks, data_name(trainer, split)) for name in self.options.metrics]
+
+    def _report(self, trainer: L.Trainer, module: Any, weights: Sequence[float]) -> dict[str, float]:
+        """Loss and metrics of base, merged model and experts that take turns, at noise that no search saw."""
+        split = self._reported(trainer)
         if split == "test":
             trainer.datamodule.setup("test")
         data, keys = self._data(trainer, module, split), module.keys.fork("merge/report")
-        scorers = [build_scorer(name, self.options.networks, data_name(trainer, split)).to(module.device)
-                   for name in self.options.metrics]  # fmt: skip
+        scorers = [scorer.to(module.device) for scorer in self._scorers(trainer, split)]
         found: dict[str, float] = {}
         networks = {"base": module.plain, "merged": lambda: module.plain(weights),
                     "switched": lambda: module.switch(module.experts())}  # fmt: skip

@@ -48,6 +48,7 @@ from lightning_t2i.networks.switch import Switch
 from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions
 from lightning_t2i.paths import resolve
 from lightning_t2i.processes import EDM, Uniform, sample
+from lightning_t2i.processes.weights import squares
 from lightning_t2i.range_experts import RangeExperts
 from lightning_t2i.state_io import copy_into, full_tensor
 
@@ -55,15 +56,10 @@ from lightning_t2i.state_io import copy_into, full_tensor
 def expert_loss(prediction: Tensor, target: Tensor, anchor: Tensor | None, weight: float) -> Tensor:
     """L_i of predictions, targets y and e_0 [B, C, h, w]; anchor None leaves the consistency out: a scalar."""
     if anchor is None:
-        return per_sample(prediction, target).mean()
+        return squares(prediction, target).mean()
     middle = (target + weight * anchor) / (1 + weight)
-    apart = weight / (1 + weight) * per_sample(target, anchor).mean()  # no gradient: makes the value that of eq. 6
-    return (1 + weight) * per_sample(prediction, middle).mean() + apart
-
-
-def per_sample(a: Tensor, b: Tensor) -> Tensor:
-    """Mean squared difference of each sample: [B, ...] twice -> [B]."""
-    return (a - b).square().flatten(1).mean(1)
+    apart = weight / (1 + weight) * squares(target, anchor).mean()  # no gradient: makes the value that of eq. 6
+    return (1 + weight) * squares(prediction, middle).mean() + apart
 
 
 def ranges(first: float, end: float, count: int, whole: bool) -> list[tuple[float, float]]:
@@ -206,8 +202,8 @@ class DeMe(RangeExperts):
                 anchor = (self.target if self.ema_refresh else self.teacher)(x_t, t, cond)
         prediction = self.student(x_t, t, cond)
         loss = expert_loss(prediction, y, anchor, self.lambda_cons)
-        scalars = {} if anchor is None else {"distance": per_sample(prediction, anchor).mean().detach()}
-        self.backward("student", loss, denoising=per_sample(prediction, y).mean().detach(), **scalars)
+        scalars = {} if anchor is None else {"distance": squares(prediction, anchor).mean().detach()}
+        self.backward("student", loss, denoising=squares(prediction, y).mean().detach(), **scalars)
 
     def begin_step(self) -> None:
         super().begin_step()
@@ -239,7 +235,7 @@ class DeMe(RangeExperts):
         for low, high in self.ranges:
             t = Uniform(low=low, high=high, antithetic=True)(self.process, keys, places)
             x_t, y = self.noised(x0, places, keys, t)
-            yield per_sample(network(x_t, t, cond), y).mean()
+            yield squares(network(x_t, t, cond), y).mean()
 
     def switch(self, experts: list[Any]) -> Switch:
         """Experts, one for each range, that take turns."""

@@ -34,12 +34,12 @@ from lightning_t2i.networks.load import build_network, components
 from lightning_t2i.options import GroupOptions, MethodOptions
 from lightning_t2i.paths import resolve
 from lightning_t2i.processes import Process, TimeLaw, Uniform, sample
-from lightning_t2i.processes.weights import Uncertainty, Weighting, loss_weight
+from lightning_t2i.processes.weights import Uncertainty, Weighting, loss_weight, squares
 
 
 def weighted_loss(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """mean over the batch of w |prediction - target|^2; [B, C, h, w] twice and [B] -> scalar."""
-    return (weight * (prediction - target).square().flatten(1).mean(1)).mean()
+    return (weight * squares(prediction, target)).mean()
 
 
 class Diffusion(MethodModule):

@@ -28,7 +28,8 @@ data to noise, which add up to it.
 Deviations: the authors train no `converted` start, which replaces the part of their training that turns the sign;
 `raw` is theirs. They do not say whether captions are dropped in reflow: here .1 are, since alpha needs the null branch.
 The input of OneStep is z itself at t = 1; RectifiedFlow's code leaks .001 of the target into it. Stages begin with the
-averaged weights of the one before, as exported in fp16. Weights of LPIPS are AlexNet's ("lpips_alex") or VGG's. Left
+averaged weights of the one before, as exported in fp16. Weights of LPIPS are AlexNet's ("lpips_alex") or VGG's. Small
+pictures of pixel-space models are enlarged to 224 for LPIPS, as arXiv 2405.20320 does; RectifiedFlow's are not. Left
 out: paths other than straight ones between the ends of a pair, and times of reflow in a few discrete steps.
 """
 
@@ -44,7 +45,7 @@ from torch import Tensor
 
 from lightning_modules.teacher import Teacher
 from lightning_t2i.batch import Batch, Cond, Records
-from lightning_t2i.distillation import Pipeline, picture_distance, refuse_foreign_pairs
+from lightning_t2i.distillation import Pipeline, picture_distance, refuse_foreign_pairs, without_dropout
 from lightning_t2i.errors import UserError
 from lightning_t2i.flow_student import FlowStudent
 from lightning_t2i.keys import Keys
@@ -54,6 +55,7 @@ from lightning_t2i.networks.stacked_unet import Junction, StackedUNet, stacked
 from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions
 from lightning_t2i.pairs import noise
 from lightning_t2i.processes import RectifiedFlow, TimeLaw, Uniform
+from lightning_t2i.processes.weights import squares
 from lightning_t2i.schedules import Warmup
 
 Init = Literal["converted", "raw", "negated"]
@@ -64,11 +66,6 @@ def paper_update() -> GroupOptions:
     """The paper's AdamW, warm-up, clipping and average; the rate is that of its reflows."""
     adam = partial(torch.optim.AdamW, lr=1e-6, weight_decay=1e-2)
     return GroupOptions(adam, schedule=partial(Warmup, steps=1000), clip=1.0, ema=EMAOptions(decay=0.9999))
-
-
-def squares(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean square of each sample's error, [B, ...] twice -> [B]."""
-    return (prediction - target).square().flatten(1).mean(1)
 
 
 class Points(NamedTuple):
@@ -92,7 +89,7 @@ class InstaFlow(FlowStudent):
         init_steps: training steps of the conversion.
         start: checkpoint folder of another run whose weights, averages and optimizer states this one begins with; there
             is no conversion then.
-        start_optimizer: take the optimizer's states and schedule from there too.
+        start_optimizer: take the optimizer's states from there too, with its rate and schedule in place of `student`'s.
         size: side of the pictures in pixels; null is the size that the network was made for (FLUX has none).
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         val_steps: steps of the teacher's sampler that validation compares with.
@@ -152,6 +149,11 @@ class InstaFlow(FlowStudent):
         flow = self.start is not None or isinstance(self.teacher.process, RectifiedFlow)  # what it begins with
         return self.init == "converted" and not flow and self.counters.step < self.init_steps
 
+    @property
+    def sees_pictures(self) -> bool:
+        """Whether D compares decoded pictures in this training step."""
+        return False
+
     def on_fit_start(self) -> None:
         """Refuses pairs that are missing, or those of another teacher or scale."""
         recipe = Teacher(self.source, revision=self.revision).recipe
@@ -193,10 +195,26 @@ class InstaFlow(FlowStudent):
         """The teacher's velocity at a point of the straight process, converted exactly, unguided: [B, C, h, w]."""
         return Reexpressed(self.teacher, "velocity", self.process).predict(x_t, t, cond)
 
+    def add_metric(self, kind: str, weights: str | None) -> None:
+        """The frozen distance of pictures; LPIPS sees those of pixel-space models enlarged."""
+        metric = picture_distance(kind, weights, None if self.codec.vae else RESIZE)
+        self.add_frozen("metric", metric, metric.identity)
+
+    def picture_errors(self, found: Tensor, x: Tensor) -> Tensor:
+        """The metric's distance of both decoded, [B]; x has no gradient."""
+        with torch.no_grad():
+            picture = self.codec.decode(x)
+        distances: Tensor = self.metric(self.codec.decode(found), picture)
+        return distances
+
     def forward_units(self) -> dict[str, float]:
         """Forward passes of a training step as the next one: a gradient costs two more."""
-        text = {"text": 1.0} if hasattr(self, "text") else {}
-        return {"student": 3.0, **({"teacher": 1.0} if self.converting else {}), **text}
+        units = {"student": 3.0, "text": 1.0} if hasattr(self, "text") else {"student": 3.0}
+        if self.converting:
+            return units | {"teacher": 1.0}
+        if self.sees_pictures:
+            units |= {"metric": 2.0, "codec.decoder": 3.0 * (self.codec.vae is not None)}
+        return units
 
 
 class Reflow(InstaFlow):
@@ -278,38 +296,30 @@ class OneStep(InstaFlow):
     def configure_model(self) -> None:
         super().configure_model()
         if self.perceptual_from is not None:
-            resize = None if self.codec.vae else RESIZE
-            metric = picture_distance(self.metric_kind, self.metric_weights, resize)
-            self.add_frozen("metric", metric, metric.identity)
+            self.add_metric(self.metric_kind, self.metric_weights)
 
     def backbone(self, pipeline: Pipeline) -> Any:
         network = super().backbone(pipeline)
-        if self.junction is None or isinstance(network, StackedUNet):
+        if isinstance(network, StackedUNet):
+            theirs = {name: network.config[name] for name in ("junction", "residual")}
+            if self.junction is not None and theirs != (ours := {"junction": self.junction, "residual": self.residual}):
+                what, fix = "The teacher is a stack already, joined in another way", "junction: null keeps it"
+                raise UserError(what, where="model.junction", given=ours, allowed=str(theirs), fix=fix)
+            return network
+        if self.junction is None:
             return network
         if not isinstance(network, UNet2DConditionModel):
             what, given = "Only U-Nets with text are stacked", type(network).__name__
             raise UserError(what, where="model.junction", given=given, fix="junction: null")
-        double = stacked(network, self.junction, self.residual)
+        double = without_dropout(stacked(network, self.junction, self.residual))
         if self.gradient_checkpointing:
             double.enable_gradient_checkpointing()
         return double
 
     @property
-    def perceptual(self) -> bool:
-        """Whether D compares pictures in this training step."""
+    def sees_pictures(self) -> bool:
         return self.perceptual_from is not None and self.counters.step >= self.perceptual_from
 
     def errors(self, network: Predictor, at: Points) -> Tensor:
         found = network.x0(at.x_t, at.t, at.cond)
-        if not self.perceptual:
-            return squares(found, at.x)
-        with torch.no_grad():
-            picture = self.codec.decode(at.x)
-        distances: Tensor = self.metric(self.codec.decode(found), picture)
-        return distances
-
-    def forward_units(self) -> dict[str, float]:
-        units = super().forward_units()
-        if self.perceptual and not self.converting:
-            units |= {"metric": 2.0, "codec.decoder": 3.0 * (self.codec.vae is not None)}
-        return units
+        return self.picture_errors(found, at.x) if self.sees_pictures else squares(found, at.x)

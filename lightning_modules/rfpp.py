@@ -19,15 +19,14 @@ import math
 from itertools import pairwise
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from lightning_modules.instaflow import RESIZE, Points, Reflow, squares
+from lightning_modules.instaflow import Points, Reflow
 from lightning_t2i.batch import Cond, Records
-from lightning_t2i.distillation import picture_distance
 from lightning_t2i.keys import Keys
 from lightning_t2i.networks.denoiser import Predictor
 from lightning_t2i.processes import TimeLaw, UShaped, guided
+from lightning_t2i.processes.weights import squares
 
 EDGE = 1e-5  # least distance of t from 0 and 1
 HUBER = 0.00054  # c of one value
@@ -70,8 +69,11 @@ class RFpp(Reflow):
     def configure_model(self) -> None:
         super().configure_model()
         if self.perceptual != "none":
-            metric = picture_distance(self.metric_kind, self.metric_weights, None if self.codec.vae else RESIZE)
-            self.add_frozen("metric", metric, metric.identity)
+            self.add_metric(self.metric_kind, self.metric_weights)
+
+    @property
+    def sees_pictures(self) -> bool:
+        return self.perceptual != "none"
 
     def points(self, pairs: Records, keys: Keys) -> Points:
         at = super().points(pairs, keys)
@@ -84,11 +86,9 @@ class RFpp(Reflow):
             errors = squares(v, at.z - at.x)
         else:
             errors = (1 - at.t) * pseudo_huber(v - (at.z - at.x), self.huber * math.prod(self.shape))
-        if self.perceptual == "none":
+        if not self.sees_pictures:
             return errors
-        with torch.no_grad():
-            picture = self.codec.decode(at.x)
-        distance = self.metric(self.codec.decode(network.convert(v, at.x_t, at.t, "x0")), picture)
+        distance = self.picture_errors(network.convert(v, at.x_t, at.t, "x0"), at.x)
         return errors + (distance / at.t if self.perceptual == "over_t" else distance)
 
     def solve(self, z: Tensor, cond: Cond | None, steps: int, scale: float) -> Tensor:
@@ -98,9 +98,3 @@ class RFpp(Reflow):
         for t, s in pairwise(self.process.timesteps(steps, z.device)):
             x = self.process.add_noise(guided(self.generator_of("student").x0, x, t, cond, scale), z, s)
         return x
-
-    def forward_units(self) -> dict[str, float]:
-        units = super().forward_units()
-        if self.perceptual != "none" and not self.converting:
-            units |= {"metric": 2.0, "codec.decoder": 3.0 * (self.codec.vae is not None)}
-        return units

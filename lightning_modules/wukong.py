@@ -18,7 +18,7 @@ scale, own (mean sI of pairs) and other (of the rest). Validation: recalls both 
 
 Deviations: pads are left out of the max where the published weights were trained with zero vectors (`pad`); one
 scale, no label smoothing; all tokens take part (`top_image`, `top_text` keep those that match others best, FILIP 3.2);
-tables of positions decay as matrices do.
+tables of positions decay as matrices do. The sigmoid loss begins with the scale of the other (its paper: 10).
 """
 
 from __future__ import annotations
@@ -124,6 +124,9 @@ class Wukong(MethodModule):
         if image.endswith(".json") and tower is None:
             what, fix = "A tower of random weights is locked", "a folder or hub id as image, or tower: {}"
             raise UserError(what, where="model.image", given=image, fix=fix)
+        if smoothing and objective == "sigmoid":
+            what, fix = "The sigmoid loss smooths no labels", "smoothing: 0"
+            raise UserError(what, where="model.smoothing", given=smoothing, fix=fix)
         if keep_vectors and tower is not None:
             fix = "keep_vectors: false"
             raise UserError(
@@ -174,8 +177,8 @@ class Wukong(MethodModule):
             what, given = "The trained dual encoder is another one", {name: wanted[name] for name in wrong}
             raise UserError(what, where="model.text", given=given, allowed=str({name: found[name] for name in wrong}))
         towers.image_projection.requires_grad_(not self.lock_projection)
-        if (towers.bias is None) != (self.bias is None):  # it belongs to this objective, not to the one before
-            towers.bias = None if self.bias is None else torch.nn.Parameter(torch.tensor([self.bias]))
+        if (towers.logits.bias is None) != (self.bias is None):  # it belongs to this objective, not to the one before
+            towers.logits.bias = None if self.bias is None else torch.nn.Parameter(torch.tensor([self.bias]))
         return towers
 
     def configure_optimizers(self) -> list[Any]:
@@ -235,9 +238,10 @@ class Wukong(MethodModule):
         return loss, {"accuracy": accuracy, "scale": scale.mean(), "own": own.mean(), "other": other}
 
     def forward_units(self) -> dict[str, float]:
-        """Forward passes of a training step: a gradient costs two more, a second pass over micro-batches one more."""
+        """Forward passes of the next training step: a gradient costs two more, another pass over micro-batches one."""
         trained = 3.0 if self.common.accumulate == 1 else 4.0
-        return {"towers": trained, "image": 0.0 if self.kept is not None else trained if self.tower else 1.0}
+        locked = 0.0 if self.kept is not None else 1.0
+        return {"towers": trained, "image": trained if self.tower is not None and self.due("image") else locked}
 
     @property
     def pipeline(self) -> DualEncoderPipeline:

@@ -28,10 +28,10 @@ PEAKS = {"H100 SXM": 989e12, "A100": 312e12}  # dense bf16 operations per second
 PLANS: dict[str, tuple[int, int, str]] = {
     "fluid/369m": (64, 8, "1.4e21 operations"),
     "fluid/1b": (64, 8, "4.1e21 operations"),
-    "fluid/10b": (256, 32, ""),
+    "fluid/10b": (512, 64, ""),
     "swiftbrush/sd21": (1, 1, "99 A100 hours"),
     "dmd/sd15_laion625": (72, 9, "2,592 A100 hours"),
-    "dmd2/sdxl_4step": (64, 8, ""),
+    "dmd2/sdxl_4step": (128, 16, ""),
     "instaflow/sd15_reflow": (8, 1, "269 A100 hours, without the pairs"),
     "instaflow/sd15_reflow_large": (32, 4, "1,536 A100 hours"),
     "instaflow/sd15_distill": (32, 4, "2,592 A100 hours"),
@@ -97,7 +97,7 @@ def page(results: dict[str, Planned], measured: Sequence[Sequence[Any]]) -> str:
     for method in TINY:
         planned, row = results.get(f"{method}/tiny"), speed.get(method)
         if planned is not None:
-            shown = [f"{row[5]:.2f}", f"{row[2]:.3f}", f"{row[3]:,.1f}"] if row else ["", "", ""]
+            shown = [f"{row[6]:.2f}", f"{row[2]:.3f}", f"{row[3]:,.1f}"] if row else ["", "", ""]
             tiny.append(
                 [f"`{method}`", *shown, f"{planned['memory'] / 1e6:,.0f}", f"{planned['checkpoint'] / 1e6:,.1f}"]
             )

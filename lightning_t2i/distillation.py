@@ -93,10 +93,7 @@ class Pipeline:
 
     def trainable(self, gradient_checkpointing: bool = False) -> Denoiser:
         """A copy of the denoiser to train, without dropout and without EDM's embedding of augmentations."""
-        network = copy.deepcopy(self.denoiser).requires_grad_(True).train()
-        for module in network.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+        network = without_dropout(copy.deepcopy(self.denoiser).requires_grad_(True).train())
         backbone: Any = network.backbone
         if isinstance(backbone, EDMUNet):
             backbone.drop_augmentation()
@@ -204,3 +201,11 @@ def picture_distance(kind: str, weights: str | None, resize: int | None) -> Any:
         return PerceptualNetwork.from_pretrained(weights)
     layout = "alex" if kind == "lpips_alex" else "vgg16"
     return LPIPS.from_file(weights, layout, resize=resize, average_pool=layout == "vgg16")
+
+
+def without_dropout(network: Any) -> Any:
+    """The network, whose dropout layers drop nothing from now on."""
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return network

@@ -43,7 +43,7 @@ class DualEncoderPipeline:
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Texts -> unit vectors [B, D] of style g, else unit tokens [B, length, D] with zeros behind the text."""
-        device = self.towers.log_scale.device
+        device = self.towers.logits.log_scale.device
         tokens, mask = self.towers.encode_text(self.tokenizer(texts, full=True).to(device))
         return self._features(tokens * mask[..., None])
 
@@ -53,7 +53,7 @@ class DualEncoderPipeline:
     @torch.no_grad()
     def similarity(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         """sI [N, M] and sT [M, N] of what `encode_image` and `encode_text` returned; see processes/similarity.py."""
-        images, texts = (features.to(self.towers.log_scale.device) for features in (images, texts))
+        images, texts = (features.to(self.towers.logits.log_scale.device) for features in (images, texts))
         if images.ndim == 2:
             images, texts = images[:, None], texts[:, None]
         mask = texts.abs().amax(-1) > 0
@@ -63,7 +63,7 @@ class DualEncoderPipeline:
 
     def probabilities(self, images: Tensor, texts: Tensor) -> Tensor:
         """Of each of M texts for each of N pictures, rows sum to 1: softmax(scale sI), as the training weighed them."""
-        return (self.towers.log_scale.exp().float() * self.similarity(images, texts)[0]).softmax(1)
+        return (self.towers.logits.log_scale.exp() * self.similarity(images, texts)[0]).softmax(1)
 
     # ---- the folder ----------------------------------------------------------------------------------------------
 
@@ -77,7 +77,7 @@ class DualEncoderPipeline:
         heads = {k: v for k, v in towers.state_dict().items() if not k.startswith("text.")}
         if self.image.is_vit:
             self._clip().save_pretrained(folder)
-            heads = {k: v for k, v in heads.items() if k.startswith(("reduction.", "bias"))}
+            heads = {k: v for k, v in heads.items() if k.startswith(("reduction.", "logits.bias"))}
         else:
             self.image.backbone.save_pretrained(folder / "image")
             towers.text.save_pretrained(folder / "text")
@@ -89,7 +89,7 @@ class DualEncoderPipeline:
             "tokens": towers.tokens,
             "width": towers.image_projection.out_features,
             "reduced": towers.count,
-            "bias": None if towers.bias is None else 0.0,
+            "bias": None if towers.logits.bias is None else 0.0,
             "pad": self.pad,
             "normalise": self.image.normalise,
             "length": self.tokenizer.length,
@@ -112,7 +112,7 @@ class DualEncoderPipeline:
         with torch.no_grad():
             model.visual_projection.weight.copy_(towers.image_projection.weight)
             model.text_projection.weight.copy_(towers.text_projection.weight)
-            model.logit_scale.copy_(towers.log_scale[0])
+            model.logit_scale.copy_(towers.logits.log_scale[0])
         return model
 
     def _pixels(self) -> Any:
@@ -143,7 +143,7 @@ class DualEncoderPipeline:
             network, text = clip, clip.text_model
             heads["image_projection.weight"] = clip.visual_projection.weight.detach()
             heads["text_projection.weight"] = clip.text_projection.weight.detach()
-            heads["log_scale"] = clip.logit_scale.detach().view(1)
+            heads["logits.log_scale"] = clip.logit_scale.detach().view(1)
         mean, deviation = (tuple(values) for values in facts["normalise"])
         image = ImageTower(network, facts["tokens"], (mean, deviation))
         weights = {**heads, **{f"text.{k}": v for k, v in text.state_dict().items()}}

@@ -74,10 +74,7 @@ def search(
     Raises:
         UserError: a grid of too many points, or an objective that is not finite at the base.
     """
-    if method == "grid" and len(grid) ** number > MOST:
-        fix = "coordinate or gradient, whose cost does not grow so"
-        given = f"{len(grid)} values, {number} experts"
-        raise UserError("The grid has too many points", where="merge.grid", given=given, allowed=str(MOST), fix=fix)
+    check_grid(method, number, grid)
     tried = Tried(objective, limit)
     if not math.isfinite(value := tried([0.0] * number)):
         what, fix = "The held-out loss of the base is not finite", "look at the base itself: ./run validate"
@@ -86,6 +83,14 @@ def search(
         method
     ](tried, number, grid)
     return tried
+
+
+def check_grid(method: Search, number: int, grid: Sequence[float]) -> None:
+    """Refuses a grid search of too many points."""
+    if method == "grid" and len(grid) ** number > MOST:
+        fix = "coordinate or gradient, whose cost does not grow so"
+        given = f"{len(grid)} values, {number} experts"
+        raise UserError("The grid has too many points", where="merge.grid", given=given, allowed=str(MOST), fix=fix)
 
 
 def _uniform(tried: Tried, number: int, grid: Sequence[float]) -> None:

@@ -189,12 +189,13 @@ class RangeExperts(MethodModule):
     # ---- Lightning's hooks ---------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Refuses a fit that is longer than its experts, and deltas that could not be merged with those to come."""
+        """Refuses a fit that is longer than its experts or has no end in training steps, and deltas that could not be
+        merged with those to come."""
         length = self.steps_per_range * (self.num_ranges if self.range_index is None else 1)
         given = self.trainer.max_steps
-        if given > length:
+        if not 0 <= given <= length:
             fix = f"--trainer.max_steps {length}, or a larger model.steps_per_range"
-            raise UserError("The fit is longer than its ranges", where="trainer.max_steps", given=given,
+            raise UserError("The fit does not end with its ranges", where="trainer.max_steps", given=given,
                             allowed=f"up to {length}", fix=fix)  # fmt: skip
         if 0 < given < length:
             log.warning("%s of %s training steps: ranges that are not finished leave no delta", given, length)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.instaflow import squares
 from lightning_t2i.batch import Cond
 from lightning_t2i.keys import Keys
 from lightning_t2i.networks.denoiser import Denoiser, Predictor
@@ -24,6 +23,7 @@ from lightning_t2i.networks.mlp import MLP
 from lightning_t2i.processes import RectifiedFlow, expand
 from lightning_t2i.processes.base import Time
 from lightning_t2i.processes.sampling import sample
+from lightning_t2i.processes.weights import squares
 
 MODE, STD = 1.5, 0.25
 SOLVED = 50  # Euler steps of pairs

@@ -9,10 +9,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from lightning_t2i.errors import UserError
 from lightning_t2i.networks.token_reduction import TokenReduction
 
 LARGEST = math.log(100.0)  # of the logarithm of the scale
 Features = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class LogitScale(nn.Module):
+    """Scale and bias of the logits, in float32 whatever the towers compute in: near 4.6 bfloat16 has steps of .03, and
+    a scale of 100 would move by 3.
+
+    Args:
+        scale, bias: initial values; without a bias it is 0.
+    """
+
+    def __init__(self, scale: float, bias: float | None):
+        super().__init__()
+        # One element and not a scalar: FSDP2 cuts no tensors without dimensions.
+        self.log_scale = nn.Parameter(torch.tensor([math.log(scale)]))
+        self.bias = None if bias is None else nn.Parameter(torch.tensor([bias]))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """One element each."""
+        return self.log_scale.exp(), torch.zeros_like(self.log_scale) if self.bias is None else self.bias
 
 
 class DualEncoder(nn.Module):
@@ -28,9 +48,13 @@ class DualEncoder(nn.Module):
         bias: initial bias of the logits; None has none (it belongs to the sigmoid loss).
         projection: weight of the image projection to begin with, [D, image_width]; one of another shape is left.
         lock_projection: never train it.
+
+    Raises:
+        UserError: there is no projection of this shape to lock.
     """
 
     shard_forward_methods = ("encode_image", "encode_text")
+    _keep_in_fp32_blocks = ("LogitScale",)
 
     def __init__(
         self,
@@ -52,14 +76,17 @@ class DualEncoder(nn.Module):
         for layer in (self.image_projection, self.text_projection):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
         own = self.image_projection.weight
-        if projection is not None and projection.shape == own.shape and not projection.is_meta:  # rank 0 reads for all
+        fits = projection is not None and projection.shape == own.shape
+        if lock_projection and not fits:
+            given = "no projection" if projection is None else f"one of {projection.shape[0]} numbers"
+            what, fix = "There is no projection to lock", "lock_projection: false, or the width of the tower's own"
+            raise UserError(what, where="model.lock_projection", given=f"{given}, width {width}", fix=fix)
+        if projection is not None and fits and not projection.is_meta:  # rank 0 reads for all
             with torch.no_grad():
                 own.copy_(projection)
         self.image_projection.requires_grad_(not lock_projection)
         self.reduction = TokenReduction(width, reduced) if reduced is not None else None
-        # One element and not a scalar: FSDP2 cuts no tensors without dimensions.
-        self.log_scale = nn.Parameter(torch.tensor([math.log(scale)]))
-        self.bias = None if bias is None else nn.Parameter(torch.tensor([bias]))
+        self.logits = LogitScale(scale, bias)
 
     @property
     def count(self) -> int | None:
@@ -74,8 +101,7 @@ class DualEncoder(nn.Module):
             ids: token ids [B, L], 0 for pads.
         """
         texts, mask = self._text(ids)
-        bias = torch.zeros_like(self.log_scale) if self.bias is None else self.bias
-        return self._image(vectors), texts, mask, self.log_scale.float().exp(), bias.float()
+        return self._image(vectors), texts, mask, *self.logits()
 
     # A sharded root gathers its weights for each method that is called from outside, and gives them back after it:
     # `forward` calls what these two are made of.
@@ -104,7 +130,7 @@ class DualEncoder(nn.Module):
     @torch.no_grad()
     def clamp_scale(self) -> None:
         """Keeps the scale between 1 and 100 (arXiv 2103.00020, section 2.5)."""
-        self.log_scale.clamp_(0.0, LARGEST)
+        self.logits.log_scale.clamp_(0.0, LARGEST)
 
 
 def initialise_text(text: Any) -> None:

@@ -225,7 +225,7 @@ class PerceptualNetwork(nn.Module):
                 "There is no perceptual network in this folder",
                 given=folder,
                 allowed=f"{CONFIG} of a {cls.__name__} and {WEIGHTS}",
-                fix="assets/tiny/classifier is for metrics only",
+                fix="assets/tiny/classifier judges, and is no perceptual network",
             )
         network = cls(PerceptualConfig(**{**facts, "widths": tuple(facts["widths"])}))
         if rank0.reads():

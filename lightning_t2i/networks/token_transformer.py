@@ -7,7 +7,7 @@
 
 and a head turns z_i into a distribution of x_i, see token_heads. With `positions` "rope" P and Q are fixed sines of row
 and column and the attention between tokens turns its queries and keys, so that the length is not bound to a table;
-embed is layer-normed, of codes only beside such sines (a deviation: their small embedding would drown).
+embed is layer-normed, of codes only beside such sines (a deviation: their embedding is small beside them).
 Discrete tokens share one matrix between their embedding and the logits. All shapes are static: which tokens are known
 is a mask. Everything is called on the network itself, so that under FSDP2 its weights are whole.
 """

@@ -1,4 +1,6 @@
-"""Weights of the denoising loss over the noise levels, as factors of |eps_hat - eps|^2; snr = alpha^2 / sigma^2.
+"""Squared errors, and weights of the denoising loss over the noise levels.
+
+Weights are factors of |eps_hat - eps|^2; snr = alpha^2 / sigma^2.
 
     min_snr         min(snr, gamma) / snr             arXiv 2303.09556, section 3.4; gamma = 5
     truncated_snr   max(1, 1 / snr)                   arXiv 2202.00512, section 4: max(snr, 1) of the x0 loss
@@ -22,6 +24,11 @@ from lightning_t2i.processes.base import Process
 
 Weighting = Literal["none", "min_snr", "truncated_snr", "snr_plus_one", "p2", "uncertainty"]
 UNITS = ("x0", "eps", "v")  # predictions in whose units a weight is known
+
+
+def squares(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean square of each sample's error, [B, ...] twice -> [B]."""
+    return (prediction - target).square().flatten(1).mean(1)
 
 
 def loss_weight(kind: str, snr: Tensor, prediction: str, gamma: float = 5.0) -> Tensor:

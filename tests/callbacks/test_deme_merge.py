@@ -20,7 +20,7 @@ from lightning_modules.deme import DeMe
 from lightning_t2i.errors import UserError
 from lightning_t2i.held_out import HeldOut
 from lightning_t2i.keys import Keys
-from lightning_t2i.metrics.scorers import Scorer
+from lightning_t2i.metrics.scorers import Scorer, ScorerOptions
 from lightning_t2i.networks.denoiser import Denoiser
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .* does not have many workers")
@@ -162,6 +162,16 @@ def test_a_validation_sees_the_merged_model_and_leaves_the_expert(base, tmp_path
     with pytest.raises(RuntimeError, match="stop"):
         validated([DeMeMerge(tmp_path / "merged", options), Fail()])
     assert weights_hash(module.student_ema) == before
+    seen = []
+
+    class Fit(L.Callback):
+        def on_validation_batch_end(self, trainer, pl_module, *unused):
+            seen.append(weights_hash(pl_module.student_ema) == weights_hash(pl_module.plain([0.7, 0.2])))
+
+    again = deme(base, tmp_path / "deltas", range_index=1)  # all deltas are there, those of before
+    callbacks = [DeMeMerge(tmp_path / "merged", options), Fit()]
+    fit(tmp_path, again, STEPS, Pictures(), callbacks=callbacks, val_check_interval=1)
+    assert seen and not any(seen)
 
 
 def test_the_gradient_of_the_objective_is_its_slope(base, tmp_path):
@@ -184,6 +194,34 @@ def test_the_gradient_of_the_objective_is_its_slope(base, tmp_path):
 def test_weights_that_are_not_one_for_each_range_are_refused_before_the_training(base, tmp_path):
     with pytest.raises(UserError, match="one weight for each range"):
         merged_by(tmp_path, base, MergeOptions(True, [0.1, 0.2, 0.3]))
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+@pytest.mark.parametrize(
+    ("options", "streams", "message"),
+    [
+        ({"search": "grid", "grid": [0.01 * i for i in range(100)]}, {"val": True}, "too many points"),
+        ({}, {"test": True}, "no prompts"),
+        ({"weights": [0.5, 0.5]}, {}, "no prompts"),
+        ({"weights": [0.5, 0.5], "metrics": ["fd"], "networks": {"classifier": "nowhere"}}, None, "nowhere"),
+    ],
+)
+def test_what_could_not_be_merged_is_refused_before_the_training(base, tmp_path, options, streams, message):
+    networks = ScorerOptions(**options.pop("networks", {}))
+    data = Pictures()
+    if streams is not None:
+        data = Streams(PictureStream(), **{name: PictureStream() for name in streams})
+    with pytest.raises(UserError, match=message):
+        merged_by(tmp_path, base, MergeOptions(True, n=4, networks=networks, **options), data)
+    assert not (tmp_path / "deltas").exists()
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+def test_given_weights_need_no_validation_data(base, tmp_path):
+    _, about = merged_by(
+        tmp_path, base, MergeOptions(True, [0.5, 0.5], n=4), Streams(PictureStream(), test=PictureStream())
+    )
+    assert about is not None
 
 
 def test_options_and_methods_that_do_not_fit_are_refused(tmp_path):

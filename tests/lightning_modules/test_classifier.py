@@ -1,4 +1,4 @@
-"""Classifier: targets of a scene by hand; the network learns the shapes world; it may serve metrics only."""
+"""Classifier: targets of a scene by hand; the network learns the shapes world; it is no loss of what it judges."""
 
 import lightning as L
 import pytest

@@ -19,7 +19,7 @@ from weights import weights_hash
 from datamodules.pairs import Pairs
 from datamodules.prompts import Prompts
 from datamodules.streams import Streams
-from lightning_modules.instaflow import InstaFlow, OneStep, Points, Reflow, squares
+from lightning_modules.instaflow import InstaFlow, OneStep, Points, Reflow
 from lightning_modules.rfpp import RFpp, pseudo_huber
 from lightning_modules.teacher import Teacher
 from lightning_t2i.batch import Records
@@ -37,6 +37,7 @@ from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions
 from lightning_t2i.pairs import noise
 from lightning_t2i.processes import DDPM, EDM, Process, RectifiedFlow, UShaped, sample, solve
 from lightning_t2i.processes.schedulers import to_scheduler
+from lightning_t2i.processes.weights import squares
 from lightning_t2i.protocols import Exports, Generates
 from lightning_t2i.state_io import AtomicCheckpointIO
 
@@ -393,6 +394,22 @@ def test_stacks_train_and_are_read_again(tmp_path, sd, sd_pairs, prompts, juncti
     assert isinstance(again.denoiser.backbone, StackedUNet)
     z, cond = noise(torch.arange(2), (4, 8, 8)), method.condition(Records.of_prompts(["red square", "two"]))
     torch.testing.assert_close(again.couple(z, cond), method.couple(z, cond), atol=0.05, rtol=0.02)  # fp16 weights
+    another = "full" if junction != "full" else "features"
+    kept, same_again, other = (one_step(tmp_path / "out", junction=j) for j in (None, junction, another))
+    for student in (kept, same_again):
+        student.configure_model()
+        assert student.student.backbone.config.junction == junction
+    with pytest.raises(UserError, match="a stack already"):
+        other.configure_model()
+
+
+def test_a_stack_drops_nothing(tmp_path) -> None:
+    """As other students, whatever its teacher dropped when it was trained."""
+    file = pipeline_folder(tmp_path / "made") / "unet" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "dropout": 0.2}))
+    method = one_step(tmp_path / "made", junction="full")
+    method.configure_model()
+    assert {m.p for m in method.student.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
 
 
 def checkpoint_of(folder: Path, method: InstaFlow, streams: Streams) -> Path:

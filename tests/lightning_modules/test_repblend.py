@@ -111,6 +111,8 @@ def test_P2_similarity_is_the_identity_at_the_start_and_its_slices_are_its_own(a
     assert float(left.grad.abs().max()) == 0 and float(right.grad.abs().max()) > 0
     factors = (a.detach() + torch.randn(m), left.detach(), torch.randn(m, rank))
     full = similarity(factors, alpha, torch.arange(m))
+    expected = torch.diag(factors[0]) + alpha / rank * factors[1] @ factors[2].T
+    torch.testing.assert_close(full, expected)
     torch.testing.assert_close(similarity(factors, alpha, rows), full[rows][:, rows])
     assert torch.linalg.matrix_rank(full - torch.diag(factors[0]), tol=1e-4) <= rank
     dense = torch.randn(m, m)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -395,7 +396,7 @@ def test_P8_the_scale_stays_in_its_range(tmp_path):
         module = wukong(tmp_path, scale=start, towers=plain(50.0))
         module.cached.loss = lambda features, sign=sign: (sign * features[3].mean(), {})
         trained(tmp_path, module, 1)
-        assert module.towers.log_scale.item() == pytest.approx(end)
+        assert module.towers.logits.log_scale.item() == pytest.approx(end)
 
 
 # ---- P9: locked ------------------------------------------------------------------------------------------------------
@@ -435,7 +436,7 @@ def test_P9_a_checkpoint_without_the_tower_loads_on_the_same_one_and_on_no_other
     again = wukong(tmp_path)
     again.on_load_checkpoint(state)
     again.load_state_dict(state["state_dict"])
-    torch.testing.assert_close(again.towers.log_scale, module.towers.log_scale)
+    torch.testing.assert_close(again.towers.logits.log_scale, module.towers.logits.log_scale)
     torch.testing.assert_close(again.encode_text(["猫"]), module.encode_text(["猫"]))
     other = wukong(tmp_path, image=image_folder(tmp_path, {**IMAGE, "num_hidden_layers": 1}, "other"))
     with pytest.raises(UserError, match="another frozen network"):
@@ -484,6 +485,15 @@ def test_forward_units(tmp_path, count, tower):
     with counting_units(module) as units:
         trained(tmp_path, module, 2)
     assert differences(module.forward_units(), units.per_step()) == {}
+
+
+def test_a_tower_costs_a_locked_one_before_it_is_unlocked(tmp_path):
+    module = wukong(tmp_path, tower=replace(plain(), start=2), towers=plain())
+    found = []
+    for step in (1, 2):
+        module.counters.step = step
+        found.append(module.forward_units()["image"])
+    assert found == [1.0, 3.0]
 
 
 # ---- options, data, exports, errors ----------------------------------------------------------------------------------
@@ -622,9 +632,9 @@ def test_an_export_comes_back_as_it_was(tmp_path, style, facts):
     features = again.encode_image(images), again.encode_text(texts)
     probabilities = again.probabilities(*features)
     torch.testing.assert_close(probabilities.sum(1), torch.ones(3))
-    scale = module.towers.log_scale.exp()
+    scale = module.towers.logits.log_scale.exp()
     torch.testing.assert_close(probabilities, (scale * module.pipeline.similarity(*features)[0]).softmax(1))
-    assert again.pad == "zero_floor" and again.towers.bias is not None
+    assert again.pad == "zero_floor" and again.towers.logits.bias is not None
 
 
 def test_an_export_has_a_card(tmp_path):
@@ -640,22 +650,22 @@ def test_an_export_has_a_card(tmp_path):
 def test_a_training_goes_on_from_an_export(tmp_path):
     module = wukong(tmp_path, style="r")
     with torch.no_grad():
-        module.towers.log_scale.fill_(1.5)
+        module.towers.logits.log_scale.fill_(1.5)
     module.export(tmp_path / "out", [])
     options = {"image": str(tmp_path / "out"), "text": str(tmp_path / "out"), "style": "r", "width": 8}
     again = Wukong(**options, reduced=3, tower=plain())
     again.configure_model()
-    assert again.towers.log_scale.item() == 1.5
+    assert again.towers.logits.log_scale.item() == 1.5
     torch.testing.assert_close(again.encode_text(["猫"]), module.encode_text(["猫"]))
     torch.testing.assert_close(again.encode_image(chinese(0, 2).image), module.encode_image(chinese(0, 2).image))
     trained(tmp_path, again, 1)
     sigmoid = Wukong(**options, reduced=3, objective="sigmoid", bias=-7.0)
     sigmoid.configure_model()
-    assert sigmoid.towers.bias.item() == -7.0 and sigmoid.towers.bias.requires_grad
+    assert sigmoid.towers.logits.bias.item() == -7.0 and sigmoid.towers.logits.bias.requires_grad
     sigmoid.export(tmp_path / "sigmoid", [])
     back = Wukong(**{**options, "text": str(tmp_path / "sigmoid")}, reduced=3)
     back.configure_model()
-    assert back.towers.bias is None  # and no parameter without a gradient
+    assert back.towers.logits.bias is None  # and no parameter without a gradient
     other = Wukong(**options, reduced=4)
     with pytest.raises(UserError, match="another one"):
         other.configure_model()
@@ -666,6 +676,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "one token": ({"style": "g", "top_text": 0.5}, "share"),
     "scale": ({"scale": 200.0}, "scale"),
     "random tower": ({"image": "configs/networks/tiny_wukong_image.json"}, "random weights"),
+    "smoothing": ({"objective": "sigmoid", "smoothing": 0.1}, "smooths no labels"),
     "kept": ({"keep_vectors": True, "tower": GroupOptions()}, "new outputs"),
 }
 
@@ -687,6 +698,9 @@ def test_networks_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match="dual encoder"):
         module = Wukong(image=image_folder(tmp_path), text="assets/tiny/clip")
         module.configure_model()
+    for options in ({}, {"style": "g"}):  # the tower of a vision model has none
+        with pytest.raises(UserError, match="no projection to lock"):
+            wukong(tmp_path, lock_projection=True, **options)
     module = wukong(tmp_path)
     with pytest.raises(UserError, match="tower's size"):
         module.encode_image(torch.zeros(1, 3, 32, 32))

@@ -86,7 +86,7 @@ def test_it_learns_the_pairs_and_nothing_but_projections_and_the_scale_moves(tmp
     data = streams(module.targets, PAIRS)
     module.configure_model()
     trained = {name for name, weight in module.groups["towers"].network.named_parameters() if weight.requires_grad}
-    assert trained == {"image_projection.weight", "text_projection.weight", "log_scale"}
+    assert trained == {"image_projection.weight", "text_projection.weight", "logits.log_scale"}
     frozen = [weights_hash(network) for network in (module.image, module.text)]
     before = module.towers.text_projection.weight.detach().clone()
     fit(tmp_path, module, 60, data)

@@ -323,6 +323,29 @@ def test_scalars_are_logged_every_n_training_steps(tmp_path, every, steps):
         assert line["samples"] == step * 2 * 8
 
 
+def test_log_lines_are_means_over_micro_batches(tmp_path):
+    noted, lines = [], []
+
+    class Notes(Toy):
+        def note(self, **scalars):
+            if "critic/loss" in scalars:
+                noted.append(scalars["critic/loss"].item())
+            super().note(**scalars)
+
+    class Memory(L.pytorch.loggers.Logger):
+        name, version = "memory", 0
+
+        def log_metrics(self, metrics, step=None):
+            lines.append(metrics["critic/loss"])
+
+        def log_hyperparams(self, *args, **kwargs):
+            pass
+
+    fit(tmp_path, Notes(MethodOptions(log_every=1, accumulate=3)), 2, logger=Memory())
+    first, *_ = lines  # the group that is updated every five steps is in no other
+    assert len(set(noted[:3])) == 3 and first == pytest.approx(sum(noted[:3]) / 3)
+
+
 def test_a_wish_to_stop_waits_for_the_end_of_the_training_step(tmp_path):
     """What trainer.max_time does where it runs out inside an accumulated step."""
 

@@ -1,4 +1,4 @@
-"""The dual encoder cut over two processes: features, loss and gradients of the whole one, and a clamp of the scale."""
+"""The dual encoder cut over two processes: features, loss and gradients of the whole one, and its scale."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def sharded(rank: int, replicate: int, tokens: bool) -> dict[str, torch.Tensor]:
     loss_of(network, rank * share, share, tokens).backward()
     found = {name: p.grad.full_tensor() for name, p in network.named_parameters()}
     with torch.no_grad():
-        network.log_scale.mul_(100)
+        network.logits.log_scale.mul_(100)
     network.clamp_scale()
-    return {**found, "features": features, "clamped": network.log_scale.full_tensor().detach()}
+    return {**found, "features": features, "clamped": network.logits.log_scale.full_tensor().detach()}
 
 
 @pytest.mark.parametrize(("replicate", "tokens"), [(1, True), (2, True), (1, False)])
@@ -63,3 +63,25 @@ def test_shards_have_the_gradients_of_the_whole(ranks, replicate, tokens):
         assert found.keys() == whole.keys()
         for name, gradient in found.items():
             torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def scales_in_bf16(rank: int) -> tuple[list[float], torch.dtype]:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from lightning_t2i.strategies.sharding import shard_network
+
+    network, found = encoder(False), []
+    shard_network(network, init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard")), "bf16")
+    for log_scale in (4.5, 4.505, 4.6):
+        with torch.no_grad():
+            network.logits.log_scale.fill_(log_scale)
+        features, *_, scale, bias = network(*inputs(0, 2, False))
+        assert scale.dtype == bias.dtype == torch.float32
+        found.append(scale.item())
+    return found, features.dtype
+
+
+def test_the_scale_is_not_rounded_where_the_towers_compute_in_bf16(ranks):
+    for found, dtype in ranks(scales_in_bf16):
+        assert dtype == torch.bfloat16
+        assert found == pytest.approx([90.01713, 90.46834, 99.48432], rel=1e-6)

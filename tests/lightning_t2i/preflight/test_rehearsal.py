@@ -105,6 +105,18 @@ class Single(Toy):
         self.backward("critic", self.critic(batch["main"].latent).square().mean())
 
 
+def test_what_processes_gather_is_moved_and_as_long_as_they_are_many(data):
+    found = []
+
+    class Gathers(Single):
+        def training_step(self, batch, batch_idx):
+            found.append(len(self.gathered(batch["main"].latent)) / len(batch["main"]))
+            super().training_step(batch, batch_idx)
+
+    rehearse(Gathers(), data, World(4, 1, (2, 2)), steps=20)
+    assert set(found) == {4.0}
+
+
 def test_shards_and_accumulation(data):
     """Of four processes, two share each copy. Until the last micro-batch each keeps gradients of a whole network; of
     several groups each micro-batch is reduced."""

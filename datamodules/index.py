@@ -2,7 +2,9 @@
 
 Tars as open_clip and img2dataset make them (a picture with a .txt, a .json or both), and ours, local or behind a URL of
 fsspec. OUT becomes a data-set folder whose shards are where they were. The rows of a finished shard are a file, so that
-the same command goes on after an interruption. In a SLURM array each task makes its share (--task, --tasks); the same
+the same command goes on after an interruption. It also lists the shards again: new ones join, those that are gone
+leave, and a local one that has changed (its size or time) is read again. A remote one is known by its name alone;
+delete OUT/.parts-SPLIT where one was replaced. In a SLURM array each task makes its share (--task, --tasks); the same
 command without them then joins all.
 """
 
@@ -23,8 +25,9 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from datamodules.index_file import FORMAT, Index, index_path
-from datamodules.index_rows import index_shard, part_path
+from datamodules.index_rows import index_shard, is_indexed, part_path
 from datamodules.left_out import LeftOut
+from datamodules.pack_tables import lines_of, read_text
 from datamodules.parallel import each
 from datamodules.remote import Url, filesystem, is_remote
 from datamodules.shards import finish
@@ -45,7 +48,7 @@ def find_shards(sources: Sequence[str]) -> list[str]:
         if source.endswith(".txt"):
             if not Path(source).is_file():
                 raise UserError("No such list of tars", where="URL_OR_FOLDER", given=source)
-            found += [line.strip() for line in Path(source).read_text().splitlines() if line.strip()]
+            found += [line.strip() for line in lines_of(read_text(Path(source))) if line.strip()]
             continue
         for name in braceexpand(source):
             if name.split("?")[0].endswith(".tar"):
@@ -65,32 +68,35 @@ def find_shards(sources: Sequence[str]) -> list[str]:
 
 
 def plan(out: Path, split: str, sources: Sequence[str], language: str) -> dict[str, Any]:
-    """What is indexed: made once and kept in `out`, so that all tasks and later calls agree.
+    """What is indexed: sources and language, which are kept in `out`, and the shards that are there now.
+
+    Tasks of an array that find other shards than one another share them unevenly; the call that joins makes the rest.
 
     Raises:
-        UserError: `out` was begun with other sources or another language.
+        UserError: no shards, or `out` was begun with other sources or another language.
     """
+    wanted = {"sources": list(sources), "language": language}
+    shards = find_shards(sources)
     out.mkdir(parents=True, exist_ok=True)
     file = out / f".parts-{split}" / "plan.json"
-    wanted = {"sources": list(sources), "language": language}
     with FileLock(out / f".{split}.lock"):
         if not file.is_file():
             file.parent.mkdir(exist_ok=True)
             part = file.with_suffix(".part")
-            part.write_text(json.dumps({**wanted, "shards": find_shards(sources)}))
+            part.write_text(json.dumps(wanted))
             os.replace(part, file)
     told = json.loads(file.read_text())
     if {name: told[name] for name in wanted} != wanted:
         raise UserError(
             "The index was begun with other arguments", where=str(out), given=wanted, fix="name a new --out"
         )
-    return told
+    return {**wanted, "shards": shards}
 
 
 def make_parts(out: Path, split: str, told: dict[str, Any], workers: int, task: int = 0, tasks: int = 1) -> None:
-    """Indexes the shards of a task that are not finished."""
+    """Indexes the shards of a task that are not finished, or have changed since."""
     mine = told["shards"][task::tasks]
-    todo = [name for name in mine if not part_path(out, split, name).is_file()]
+    todo = [name for name in mine if not is_indexed(name, out, split)]
     run = partial(index_shard, out=out, split=split, language=told["language"])
     with tqdm(total=len(mine), initial=len(mine) - len(todo), desc="index", unit="shard") as bar:
         for _ in each(run, todo, workers):

@@ -21,6 +21,7 @@ from lightning_t2i.errors import UserError
 
 HEAD = 1 << 16  # bytes of a picture that mostly hold its size
 NAMED = 20  # samples of a shard that are named in the report
+BESIDE = ("_stats.json", ".parquet")  # what img2dataset writes with a shard
 KINDS = {name: kind for name, kind in TYPES.items() if name != "shard"}
 KINDS |= {"txt_offset": pa.int64(), "txt_size": pa.int64(), "caption_length": pa.int32()}
 
@@ -30,11 +31,30 @@ def part_path(out: Path, split: str, shard: str) -> Path:
     return out / f".parts-{split}" / f"{hashlib.sha256(shard.encode()).hexdigest()[:24]}.parquet"
 
 
+def stamp(shard: str) -> list[list[int] | None] | None:
+    """Bytes and time of change (ns) of a local shard and of what lies beside it, None for what is not there.
+
+    A remote shard has none, since not every server tells: its rows are kept by its name.
+    """
+    if is_remote(shard):
+        return None
+    paths = [Path(shard), *(Path(f"{shard.removesuffix('.tar')}{ending}") for ending in BESIDE)]
+    facts = [path.stat() if path.is_file() else None for path in paths]
+    return [found and [found.st_size, found.st_mtime_ns] for found in facts]
+
+
+def is_indexed(shard: str, out: Path, split: str) -> bool:
+    """Whether the rows of a shard are there and it is the one that they were made from."""
+    part = part_path(out, split, shard)
+    return part.is_file() and json.loads(pq.read_schema(part).metadata.get(b"stamp", b"null")) == stamp(shard)
+
+
 def index_shard(shard: str, out: Path, split: str, language: str, options: RemoteOptions = RemoteOptions()) -> None:
     """Writes the rows of a shard, and a report of what was left out and why, as one file that appears whole."""
     rows: list[dict[str, Any]] = []
     report: dict[str, Any] = {"error": None, "skipped": 0, "reasons": {}, "counts": Counter()}
     keys = set[str]()
+    made_from = stamp(shard)  # before it is read: a change meanwhile is noticed by the next call
     try:
         known = beside(shard)
         stats = known.pop("", {})
@@ -72,7 +92,8 @@ def index_shard(shard: str, out: Path, split: str, language: str, options: Remot
             columns[name] = pa.array([row.get(name) for row in rows], KINDS.get(name, pa.float64()))
     content = json.dumps([[row["key"], row["offset"], row["size"], row["json_size"]] for row in rows])
     report |= {"rows": len(rows), "hash": hashlib.sha256(content.encode()).hexdigest()}
-    table = pa.table(columns).replace_schema_metadata({b"report": json.dumps(report).encode()})
+    facts = {b"report": json.dumps(report).encode(), b"stamp": json.dumps(made_from).encode()}
+    table = pa.table(columns).replace_schema_metadata(facts)
     path = part_path(out, split, shard)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     pq.write_table(table, temporary, compression="zstd")
@@ -125,7 +146,7 @@ def _read(data: BinaryIO, offset: int, size: int) -> bytes:
 def beside(shard: str) -> dict[str, dict[str, Any]]:
     """Rows of `NAME.parquet` by key, and `NAME_stats.json` under the empty key, where they lie beside a shard."""
     stem, found = shard.removesuffix(".tar"), dict[str, dict[str, Any]]()
-    for ending in ("_stats.json", ".parquet"):
+    for ending in BESIDE:
         content = _whole(f"{stem}{ending}")
         if content is None:
             continue

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from datamodules.pack_tables import CAPTION
 from datamodules.remote import RemoteOptions, fetch, is_remote
 from lightning_t2i.errors import UserError
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
-CAPTIONS = ("caption", "captions", "text", "prompt")  # of a JSON; the first that is there counts
 CHUNK = 8 << 20  # bytes of a remote tar that are read at once; what a larger member has beyond it is skipped
 
 
@@ -150,7 +150,7 @@ def read_told(
 
 def captions_of(meta: dict[str, Any], text: str | None, language: str) -> dict[str, list[str]]:
     """Captions by language, from a JSON of ours or of img2dataset, else from the text beside it."""
-    given = next((meta[name] for name in CAPTIONS if meta.get(name)), text or "")
+    given = next((meta[name] for name in CAPTION if meta.get(name)), text or "")
     by_language = given if isinstance(given, dict) else {language: given}
     found = {}
     for spoken, texts in by_language.items():

@@ -97,19 +97,19 @@ def keyed(text: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
 
 
-def batch_positions(k: int, size: int, rank: int = 0, world: int = 1) -> np.ndarray:
-    """Positions (int64) that a rank reads for batch k of global size `size`.
+def batch_positions(k: int, size: int, rank: int = 0, world: int = 1, where: str = "batch_size") -> np.ndarray:
+    """Positions (int64) that a rank reads for batch k of global size `size`, which is the config's `where`.
 
     Raises:
         UserError: the batch does not divide by the number of processes.
     """
     if size % world:
-        lower = size // world * world
+        lower = size // world * world or world
         raise UserError(
             "The batch does not divide by the number of processes",
-            where="batch_size",
+            where=where,
             given=f"{size} samples over {world} processes",
-            allowed=f"multiples of {world}, for example {lower or world} or {lower + world}",
+            allowed=f"multiples of {world}, for example {lower} or {lower + world}",
         )
     share = size // world
     return np.arange(k * size + rank * share, k * size + (rank + 1) * share, dtype=np.int64)

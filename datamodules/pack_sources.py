@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from datamodules.layouts import captions_of, read_json
 from datamodules.left_out import listed
-from datamodules.pack_tables import CAPTION, FILE, picture_named, read_text, rows_of, tables_in
+from datamodules.pack_tables import CAPTION, FILE, lines_of, picture_named, read_text, rows_of, tables_in
 from lightning_t2i.errors import UserError
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -128,7 +128,7 @@ def _beside(folder: Path, pictures: Iterable[str], language: str) -> Iterator[tu
             if captions_of(row, None, language):
                 told.add_row({n: v for n, v in row.items() if v is not None}, str(facts), language)
         if text.is_file() and not told.captions:
-            told.add(language, read_text(text).splitlines())
+            told.add(language, lines_of(read_text(text)))
         if text.is_file() or told.captions:
             yield name, told
 
@@ -201,5 +201,5 @@ def add_classes(told: dict[str, Told], pictures: Iterable[str], names: Path | No
 def _class_names(path: Path) -> dict[str, Sequence[str]]:
     if not path.is_file():
         raise UserError("No such file of names", where="--class-names", given=path)
-    lines = [line.split(maxsplit=1) for line in read_text(path).splitlines() if line.strip()]
+    lines = [line.split(maxsplit=1) for line in lines_of(read_text(path)) if line.strip()]
     return {line[0]: line[-1].strip().split(", ") for line in lines}

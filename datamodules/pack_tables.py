@@ -6,6 +6,7 @@ Every reader yields (place for messages, row); a row has the fields `file_name`,
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 from lightning_t2i.errors import UserError
 
 FILE = ("file_name", "file", "image", "path")  # names of the field that says which picture
-CAPTION = ("caption", "captions", "text", "prompt")
+CAPTION = ("caption", "captions", "text", "prompt")  # its caption; the first that is there counts
 KINDS = (".jsonl", ".csv", ".parquet", ".json")
 Row = tuple[str, Mapping[str, Any]]
 
@@ -44,10 +45,20 @@ def tables_in(folder: Path) -> list[Path]:
 
 
 def read_text(path: Path) -> str:
+    """A file of UTF-8, with or without its mark, whose ends of lines stay as they are.
+
+    Raises:
+        UserError: it is of another encoding.
+    """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"Not UTF-8 text: {error.reason} at byte {error.start}", where=str(path)) from error
+
+
+def lines_of(text: str) -> list[str]:
+    """Lines that end with LF or CR LF alone: str.splitlines also cuts captions at U+2028, U+0085 and control codes."""
+    return [line.removesuffix("\n").removesuffix("\r") for line in io.StringIO(text)]
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
@@ -82,7 +93,7 @@ def _names_pictures(path: Path) -> bool:
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(lines_of(read_text(path)), 1):
         if not line.strip():
             continue
         try:
@@ -95,7 +106,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    reader = csv.DictReader(read_text(path).splitlines(keepends=True), strict=True)
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         for row in reader:
             where = f"{path}:{reader.line_num}"

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from datamodules.captioned import Captioned
+from datamodules.pack_tables import lines_of, read_text
 from datamodules.records import BadSample, Shards, choose_caption, data_folder, sample_id
 from datamodules.remote import RemoteOptions
 from datamodules.text_cache import TextCache
@@ -49,7 +50,7 @@ class PromptFile:
             found = enumerate((row for part in self.table.to_batches(1000) for row in part.to_pylist()), 1)
             count = sum(1 for number, row in found if self._check(row, f"{path}:{number}", str(row)))
         else:
-            lines = path.read_text(encoding="utf-8").splitlines()[:limit]
+            lines = lines_of(read_text(path))[:limit]
             content, count = "\n".join(lines), len(lines)
             self.metas = [self._parse(line, f"{path}:{number}", path.suffix) for number, line in enumerate(lines, 1)]
         if not count:

@@ -21,7 +21,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from datamodules.pack_tables import lines_of, read_text
 from lightning_t2i.errors import UserError
+from lightning_t2i.state_io import write_atomically
 
 Captions = dict[str, list[str]]  # name of a picture, without its ending -> captions
 FOLDER = "pictures"
@@ -30,7 +32,7 @@ FOLDER = "pictures"
 def tabbed(text: str) -> Captions:
     """Lines of "NAME#...<TAB>caption"."""
     found: Captions = {}
-    for line in text.splitlines():
+    for line in lines_of(text):
         place, tab, caption = line.partition("\t")
         if tab:
             found.setdefault(Path(place.partition("#")[0]).stem, []).append(caption.strip())
@@ -45,7 +47,7 @@ def listed(text: str) -> Captions:
 def queried(text: str) -> Captions:
     """MUGE's queries: a picture has the texts of all queries that it is right for."""
     found: Captions = {}
-    for line in filter(None, text.splitlines()):
+    for line in filter(None, lines_of(text)):
         entry = json.loads(line)
         for item in entry["item_ids"]:
             found.setdefault(str(item), []).append(entry["query_text"].strip())
@@ -87,7 +89,7 @@ def convert(kind: str, annotations: Path, source: Path, out: Path, split: str) -
     """
     if kind not in KINDS:
         raise UserError("No such retrieval set", where="KIND", given=kind, allowed=KINDS)
-    captions = KINDS[kind](annotations.read_text(encoding="utf-8"))
+    captions = KINDS[kind](read_text(annotations))
     (out / FOLDER).mkdir(parents=True, exist_ok=True)
     table = out / "captions.jsonl"
     known = table.read_text(encoding="utf-8") if table.is_file() else ""
@@ -102,7 +104,7 @@ def convert(kind: str, annotations: Path, source: Path, out: Path, split: str) -
         for name, place in found.items()
     ]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    table.write_text(known + lines, encoding="utf-8")
+    write_atomically(table, (known + lines).encode())
     return len(rows)
 
 

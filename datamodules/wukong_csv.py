@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import os
 import re
 import sys
 from collections import Counter
@@ -27,6 +28,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from datamodules.pack_tables import lines_of, read_text
 from lightning_t2i.errors import UserError
 
 CHINESE = re.compile("[\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f]")
@@ -131,19 +133,29 @@ def frequencies(rows: Iterable[Mapping[str, str]]) -> dict[str, int]:
 
 
 def choose(out: Path, files: Sequence[Path], sensitive: Sequence[str] = (), names: Sequence[str] = ()) -> Rules:
-    """Writes the chosen pairs of the lists to `out`, in two passes; returns the rules with their counts."""
+    """Writes the chosen pairs of the lists to `out`, which appears whole, in two passes.
+
+    Returns:
+        The rules with their counts.
+    """
     rules = Rules(frequencies(tqdm(read(files), desc="count", unit="row")), sensitive, names)
-    with out.open("w", encoding="utf-8", newline="") as stream:
-        table = csv.DictWriter(stream, ("key", "url", "caption"))
-        table.writeheader()
-        table.writerows(rules.kept(tqdm(read(files), desc="choose", unit="row")))
+    part = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        with part.open("w", encoding="utf-8", newline="") as stream:
+            table = csv.DictWriter(stream, ("key", "url", "caption"))
+            table.writeheader()
+            table.writerows(rules.kept(tqdm(read(files), desc="choose", unit="row")))
+        os.replace(part, out)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
     return rules
 
 
 def _words(file: Path | None) -> list[str]:
     if file is None:
         return []
-    return [word for line in file.read_text(encoding="utf-8").splitlines() if (word := line.strip())]
+    return [word for line in lines_of(read_text(file)) if (word := line.strip())]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

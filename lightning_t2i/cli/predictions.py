@@ -26,7 +26,7 @@ class Predictions(L.Callback):
     """Writes `POSITION.png` and, per rank, `prompts-RANK.jsonl` with {"file", "prompt"} lines.
 
     Args:
-        folder: where to write; files of the same names are replaced.
+        folder: where to write; pictures of the same names are replaced, all lists of an earlier call removed.
     """
 
     def __init__(self, folder: Path):
@@ -36,7 +36,10 @@ class Predictions(L.Callback):
         if not isinstance(pl_module, Generates):
             raise UserError("predict needs a method that makes pictures", where="model", given=type(pl_module).__name__)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._prompts(trainer).unlink(missing_ok=True)
+        if trainer.is_global_zero:
+            for earlier in self.folder.glob("prompts-*.jsonl"):  # also those of ranks that are none now
+                earlier.unlink()
+        trainer.strategy.barrier()
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from datamodules.image_text import ImageText
+from datamodules.order import batch_positions
 from datamodules.pairs import Pairs
 from datamodules.pictures import BadSample
 from datamodules.points import Points
@@ -43,15 +44,7 @@ def batch_of(streams: dict[str, Any], world: int, method: Any) -> Batch:
     """
     batch: Batch = {}
     for name, stream in streams.items():
-        if stream.batch_size % world:
-            lower = stream.batch_size // world * world or world
-            raise UserError(
-                "The batch does not divide by the number of processes",
-                where=f"data.{name}.batch_size",
-                given=f"{stream.batch_size} samples over {world} processes",
-                allowed=f"multiples of {world}, for example {lower} or {lower + world}",
-            )
-        rows = stream.batch_size // world
+        rows = len(batch_positions(0, stream.batch_size, world=world, where=f"data.{name}.batch_size"))
         kind = next((k for k in type(stream).__mro__ if k in SHAPES), None)
         if kind is None:
             what = "The shapes of this stream's samples are not known beforehand"

@@ -130,6 +130,33 @@ def test_tasks_of_an_array_share_and_finished_shards_are_kept(tmp_path):
     assert (tmp_path / "alone" / "index-train.parquet").read_bytes() == (out / "index-train.parquet").read_bytes()
 
 
+def test_the_same_command_sees_what_has_changed(tmp_path, capsys):
+    """New shards join, those that are gone leave, changed ones are read again with what lies beside; others are not."""
+    source, out = img2dataset(tmp_path / "bucket", 4), tmp_path / "out"
+    (source / "00003.tar").rename(tmp_path / "later.tar")
+    assert run(source, "--out", out) == 0 and len(Index.load(out, "train")) == 12
+    times = {path: path.stat().st_mtime_ns for path in (out / ".parts-train").glob("*.parquet")}
+    (tmp_path / "later.tar").rename(source / "00003.tar")
+    (source / "00000.tar").unlink()
+    with tarfile.open(source / "00001.tar") as archive:
+        members = {info.name: archive.extractfile(info).read() for info in archive}
+    larger = png(gradient(9, 6, 8)) + bytes(1000)
+    tar(source / "00001.tar", {**members, "000010000.png": larger})
+    rows = pq.read_table(source / "00002.parquet").to_pylist()
+    pq.write_table(pa.Table.from_pylist([{**row, "aesthetic": 7.0} for row in rows]), source / "00002.parquet")
+    assert run(source, "--out", out) == 0
+    shards = Shards(out, "train", ["en"])
+    assert [path.name for path in shards.index.shards] == ["00001.tar", "00002.tar", "00003.tar"]
+    assert shards.data(0) == larger and shards.meta(3)["caption"] == {"en": ["picture 1 3"]}
+    assert shards.index["aesthetic"].tolist()[4:8] == [7.0] * 4
+    assert "12 samples of 3 shards" in capsys.readouterr().out
+    changed = {part_path(out, "train", str((source / f"0000{n}.tar").resolve())) for n in (1, 2)}
+    assert {path for path, time in times.items() if path.stat().st_mtime_ns != time} == changed
+    times = {path: path.stat().st_mtime_ns for path in (out / ".parts-train").glob("*.parquet")}
+    assert run(source, "--out", out) == 0
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
 def test_keys_are_used_once_over_all_shards(tmp_path, capsys):
     source = img2dataset(tmp_path / "bucket", 1)
     (source / "copy.tar").write_bytes((source / "00000.tar").read_bytes())

@@ -94,6 +94,8 @@ def test_rank_slices_make_up_the_batch():
 def test_a_batch_that_does_not_divide_is_refused_with_the_numbers():
     with pytest.raises(UserError, match=r"10 samples over 4 processes[\s\S]*8 or 12"):
         batch_positions(0, 10, 0, 4)
+    with pytest.raises(UserError, match=r"data.x.batch_size[\s\S]*multiples of 4, for example 4 or 8"):
+        batch_positions(0, 2, 0, 4, "data.x.batch_size")
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -90,6 +90,24 @@ def test_tables_with_languages_labels_splits_and_further_fields(pictures, tmp_pa
     assert {i: split for split, _, i in found.values()} == {0: "train", 1: "train", 2: "train", 3: "val"}
 
 
+UNUSUAL = "first\u2028sec\u0085ond\x0bthird\x0cfourth\x1cend"  # str.splitlines cuts it, files of lines do not
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "txt"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_captions_are_cut_at_ends_of_lines_alone(tmp_path, kind, end):
+    save(tmp_path / "set" / "0.png", 0)
+    row = json.dumps({"file": "0.png", "captions": [UNUSUAL, "b"]}, ensure_ascii=False)
+    text = {
+        "jsonl": f"{row}{end}{end}",
+        "csv": f"file,caption{end}0.png,{UNUSUAL}{end}0.png,b{end}",
+        "txt": f"{UNUSUAL}{end}b{end}",
+    }[kind]
+    (tmp_path / "set" / f"0.{kind}").write_bytes(text.encode())
+    ((_, meta, _),) = contents(pack(tmp_path / "set", tmp_path / "out", val=0, test=0)).values()
+    assert meta["caption"] == {"en": [UNUSUAL, "b"]}
+
+
 def test_jsonl_captions_as_text_list_or_by_language(pictures, tmp_path):
     folder = pictures(3)
     table = tmp_path / "elsewhere.jsonl"

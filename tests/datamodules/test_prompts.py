@@ -50,6 +50,17 @@ def test_text_file(tmp_path):
     assert begun(Prompts(str(file))).identity["sha"] != stream.identity["sha"]
 
 
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_prompts_keep_their_places_whatever_is_in_them(tmp_path, suffix):
+    """A prompt's line is its key: only an end of line begins another."""
+    texts = ["one\u2028two", "three\u0085four", "five"]
+    file = tmp_path / f"prompts.{suffix}"
+    lines = texts if suffix == "txt" else [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
+    file.write_bytes("\r\n".join(lines).encode())
+    stream = begun(Prompts(str(file)))
+    assert len(stream) == 3 and stream.load(np.arange(3), 0).caption == texts
+
+
 def test_jsonl_file(tmp_path):
     lines = [
         {"prompt": "one", "label": 4, "scene": {"n": 1}},

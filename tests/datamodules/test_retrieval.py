@@ -10,7 +10,7 @@ from data_sets import as_rank, gradient, png, write_data_set
 from datamodules.pack import pack
 from datamodules.records import Shards
 from datamodules.retrieval import RetrievalDataModule, RetrievalPairs
-from datamodules.retrieval_sets import convert, main
+from datamodules.retrieval_sets import KINDS, convert, main
 from datamodules.worlds import shapes
 from datamodules.worlds.shapes_captions import short_chinese
 from lightning_t2i.batch import Records
@@ -130,6 +130,28 @@ def test_published_forms_become_a_data_set(tmp_path, pictures, kind):
         return  # the pictures are one for both splits; pack reads a picture once
     table = [json.loads(line) for line in (tmp_path / "out" / "captions.jsonl").read_text().splitlines()]
     assert {Path(r["file_name"]).stem: r["captions"] for r in table} == wanted
+
+
+@pytest.mark.parametrize("kind", ["flickr30k-cn", "muge"])
+def test_captions_are_cut_at_ends_of_lines_alone(kind):
+    text = "甲\u2028乙\u0085丙"
+    told = json.dumps({"query_text": text, "item_ids": [10]}, ensure_ascii=False) if kind == "muge" else f"10#0\t{text}"
+    assert KINDS[kind](f"{told}\r\n{told}\n") == {"10": [text] * 2}
+
+
+def test_a_broken_off_conversion_leaves_the_table_as_it_was(tmp_path, pictures, monkeypatch):
+    (tmp_path / "annotations").write_text("10.jpg#0\t甲\n", encoding="utf-8")
+    convert("flickr30k-cn", tmp_path / "annotations", pictures, tmp_path / "out", "train")
+    table = tmp_path / "out" / "captions.jsonl"
+    before = table.read_bytes()
+
+    def broken_off(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        convert("flickr30k-cn", tmp_path / "annotations", pictures, tmp_path / "out", "val")
+    assert table.read_bytes() == before
 
 
 def test_a_converted_set_is_packed(tmp_path, pictures):

@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -198,24 +199,30 @@ def test_build_never_touches_what_is_not_its_own(tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
 
 
-def _build_slowly(folder: str, queue) -> None:
-    import time
+def _build_held(folder: str, queue, other, waits: bool) -> None:
+    """Builds until the process that does not wait has come to its own build."""
 
-    def slow(part: Path) -> None:
+    def held(part: Path) -> None:
         queue.put("built")
-        time.sleep(0.3)
+        assert other.wait(60)
+        time.sleep(0.3)  # from the event to the lock it is no way
         (part / "dataset.json").write_text("{}")
 
-    build(Path(folder), slow)
+    if not waits:
+        other.set()
+    build(Path(folder), held)
 
 
 def test_of_two_processes_one_builds(tmp_path):
     context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    processes = [context.Process(target=_build_slowly, args=(str(tmp_path / "w"), queue)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(30)
-    assert [process.exitcode for process in processes] == [0, 0]
-    assert queue.get(timeout=5) == "built" and queue.empty()
+    queue, other = context.Queue(), context.Event()
+    first, second = (
+        context.Process(target=_build_held, args=(str(tmp_path / "w"), queue, other, waits)) for waits in (True, False)
+    )
+    first.start()
+    assert queue.get(timeout=60) == "built"
+    second.start()
+    for process in (first, second):
+        process.join(60)
+    assert [first.exitcode, second.exitcode] == [0, 0]
+    assert queue.empty()

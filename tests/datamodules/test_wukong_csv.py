@@ -7,6 +7,7 @@ import pytest
 
 from datamodules.wukong_csv import (
     Rules,
+    _words,
     chinese_characters,
     choose,
     digest,
@@ -88,6 +89,28 @@ def test_two_passes_over_several_lists(tmp_path):
     assert [r["key"] for r in found] == [key_of("http://1"), key_of("http://3")]
     assert dict(rules.dropped) == {"frequency": 11, "characters": 1, "url": 1}
     assert frequencies([row("a"), row("a"), row("b")]) == {digest("a"): 2}
+
+
+def test_out_appears_whole(tmp_path, monkeypatch):
+    table = write(tmp_path / "a.csv", [row("一只猫", "http://1"), row("两只猫", "http://2")])
+    choose(tmp_path / "out.csv", [table])
+    before = (tmp_path / "out.csv").read_bytes()
+
+    def broken_off(self, rows):
+        yield {"key": "0", "url": "http://1", "caption": "一只猫"}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Rules, "kept", broken_off)
+    for name in ("out.csv", "new.csv"):
+        with pytest.raises(KeyboardInterrupt):
+            choose(tmp_path / name, [table])
+    assert (tmp_path / "out.csv").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "out.csv"]
+
+
+def test_lists_of_words_are_cut_at_ends_of_lines_alone(tmp_path):
+    (tmp_path / "words.txt").write_bytes("坏\u2028词\r\n\r\n王小明\n".encode())
+    assert _words(tmp_path / "words.txt") == ["坏\u2028词", "王小明"]
 
 
 def test_the_command_says_what_it_left_out(tmp_path, capsys):

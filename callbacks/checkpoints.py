@@ -13,7 +13,7 @@ import lightning as L
 import torch.distributed as dist
 
 from callbacks.inference import log_metrics
-from lightning_t2i.checkpoints.mirror import Mirror, on_a_disk
+from lightning_t2i.checkpoints.mirror import Mirror, mirror_of, on_a_disk
 from lightning_t2i.checkpoints.retention import BestOptions, Scores, prune
 from lightning_t2i.checkpoints.saving import Form, Saving
 from lightning_t2i.checkpoints.snapshots import SnapshotOptions, averages, twins, write_snapshot
@@ -96,7 +96,7 @@ class Checkpoints(L.Callback):
             clean_leftovers(self.folder)
             clean_leftovers(self._snapshots)
             if options.mirror is not None:
-                self._mirror = Mirror(f"{options.mirror.rstrip('/')}/{self.folder.parent.name}")
+                self._mirror = Mirror(mirror_of(options.mirror, self.folder.parent.name))
         if options.form == "sharded" and trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")
         self._saving = Saving(options.form, options.asynchronous, leads, self._group, self._done)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from callbacks.budget import Budget
-from callbacks.inference import log_metrics, records_of, undisturbed
+from callbacks.inference import log_metrics, shared_records, undisturbed
 from lightning_t2i.batch import Records
 from lightning_t2i.errors import UserError
 from lightning_t2i.protocols import Generates
@@ -49,7 +49,8 @@ class HealthOptions:
     Args:
         enabled: watch at all.
         every: training steps between two measurements.
-        prompts: number of prompts, the first ones of the validation data, or of a training batch without any.
+        prompts: number of prompts, the first ones of the validation data, or of a training batch without any; fewer,
+            with a warning, where these have fewer.
         noises: pictures of each prompt.
         max_fraction: share of the training time that making the pictures may take; they are left out beyond it.
         saturation: largest share of values at the ends of the range.
@@ -117,7 +118,7 @@ class Health(L.Callback):
         self._brightness: deque[float] = deque(maxlen=REMEMBERED)
         self._norms: dict[str, Tensor] = {}
         self._gap: Tensor | float | None = None
-        self._subjects: Records | None = None
+        self._subjects: list[Records] = []
         self._last = 0
 
     # ---- Lightning's hooks ---------------------------------------------------------------------------------------
@@ -189,10 +190,15 @@ class Health(L.Callback):
 
     def _of_pictures(self, trainer: L.Trainer, module: Any, current: Records) -> dict[str, float]:
         """All ranks make the same pictures: sampling may be collective."""
-        subjects = self._fixed(trainer, current).to(module.device)
-        cond, keys, k = module.condition(subjects), module.keys.fork("health"), self.options.noises
-        places = torch.arange(len(subjects), device=module.device) * k
-        images = torch.stack([module.sample(cond, keys, places + j).float() for j in range(k)], dim=1)
+        keys, n, k = module.keys.fork("health"), self.options.prompts, self.options.noises
+        if not self._subjects:
+            self._subjects = shared_records(trainer, "val", n, current, "health.prompts")
+        made: list[Tensor] = []
+        for subjects in self._subjects:
+            cond = module.condition(subjects.to(module.device))
+            places = (sum(len(x) for x in made) + torch.arange(len(subjects), device=module.device)) * k
+            made.append(torch.stack([module.sample(cond, keys, places + j).float() for j in range(k)], dim=1))
+        images = torch.cat(made)
         self._brightness.append(float(images.mean()))
         values = {
             "saturation": float(saturation(images)),
@@ -202,13 +208,6 @@ class Health(L.Callback):
         if len(self._brightness) > 2:
             values["swing"] = swing(list(self._brightness))
         return values
-
-    def _fixed(self, trainer: L.Trainer, current: Records) -> Records:
-        """What pictures are made for; chosen once, by rank 0 for all."""
-        if self._subjects is None:
-            records = next(records_of(trainer, "val"), current)
-            self._subjects = trainer.strategy.broadcast(records.slice(0, self.options.prompts).to("cpu"))
-        return self._subjects
 
     def _warn(self, trainer: L.Trainer, step: int) -> None:
         for name, side in ALARMS.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ import torch
 
 from lightning_t2i.batch import Records
 from lightning_t2i.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -47,7 +50,7 @@ def records_of(trainer: L.Trainer, split: str) -> Iterator[Records]:
     Ends at once when the data module has no such split.
     """
     data = getattr(trainer, "datamodule", None)
-    loader: Any = getattr(data, f"{split}_dataloader", list)
+    loader: Any = getattr(data, f"{split}_dataloader", None) or list  # None: what Lightning asks for
     for batch in loader():
         yield batch["main"]
 
@@ -69,6 +72,41 @@ def first_records(trainer: L.Trainer, split: str, n: int, device: torch.device |
             return
     if seen == 0:
         raise UserError("There are no prompts to evaluate on", where=f"data.{split}", fix="give the data a split")
+
+
+def shared_records(trainer: L.Trainer, split: str, n: int, current: Records | None, where: str) -> list[Records]:
+    """The first n records of `records_of` over all ranks and batches, the same on every rank, on the CPU.
+
+    They stay in parts, one of each rank and batch: pictures and embeddings of two need not have one shape. A collective
+    call; fewer than n are a warning.
+
+    Args:
+        current: what stands in for a split without records, this rank's share of it.
+        where: the option that asks for n.
+    """
+    parts: list[Records] = []
+    found = 0
+    for records in records_of(trainer, split):
+        parts += _shares(trainer, records, n - found)
+        found = sum(map(len, parts))
+        if found == n:
+            break
+    if not parts and current is not None:
+        parts = _shares(trainer, current, n)
+        found = sum(map(len, parts))
+    if 0 < found < n and trainer.is_global_zero:
+        log.warning("%s is %d, but the data have %d samples to take", where, n, found)
+    return parts
+
+
+def _shares(trainer: L.Trainer, records: Records, n: int) -> list[Records]:
+    """The first n of what the ranks have of one batch, in the order of ranks."""
+    parts: list[Records] = []
+    for rank in range(trainer.world_size):
+        if n > 0:
+            parts.append(trainer.strategy.broadcast(records.slice(0, n).to("cpu"), rank))
+            n -= len(parts[-1])
+    return parts
 
 
 def _together(trainer: L.Trainer, count: int) -> int:

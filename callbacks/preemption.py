@@ -68,7 +68,10 @@ class Preemption(L.Callback):
         noted: the first signal that this process heard; later ones change nothing.
         agreed: the signal that all ranks stopped for, None where there was none.
         requeues: rank 0 puts the job back into the queue; SLURM may kill it from then on.
+        again: the command that goes on, in words.
     """
+
+    again = "the same command"
 
     def __init__(self, options: PreemptionOptions | None = None):
         self.options = options or PreemptionOptions()
@@ -127,7 +130,7 @@ class Preemption(L.Callback):
             checkpoints.on_train_end(trainer, module)  # saves, unless this step is saved already
         if trainer.is_global_zero:
             self.requeues = self.agreed is REQUEUE and job_id() is not None
-            then = "the job is requeued" if self.requeues else "the same command goes on"
+            then = "the job is requeued" if self.requeues else f"{self.again} goes on"
             step, name = module.counters.step, self.agreed.name
             log.warning("%s: stopped and saved after training step %d; %s", name, step, then)
             for logger in trainer.loggers:

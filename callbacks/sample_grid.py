@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from PIL import Image
 
-from callbacks.inference import records_of, undisturbed
+from callbacks.inference import shared_records, undisturbed
 from lightning_t2i.batch import Records
 from lightning_t2i.errors import UserError
 from lightning_t2i.pictures import draw_grid, save_png, to_pil
@@ -26,7 +26,7 @@ class SampleOptions:
         every: after the training steps 1, 2, 4, ... up to this number, then after every multiple of it, and at the end.
         prompts: the prompts; null takes the first ones of the validation data (of the training data when there is
             none), and then real pictures can be shown beside them.
-        count: number of prompts to take from the validation data.
+        count: number of prompts to take from the validation data; fewer, with a warning, where there are fewer.
         per_prompt: pictures for each prompt, each with noise of its own.
     """
 
@@ -59,7 +59,7 @@ class SampleGrid(L.Callback):
     def __init__(self, options: SampleOptions | None = None):
         self.options = options or SampleOptions()
         self._last = 0
-        self._subjects: Records | None = None
+        self._subjects: list[Records] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._last = pl_module.counters.step
@@ -79,36 +79,38 @@ class SampleGrid(L.Callback):
         if not self.options.enabled or not (generates or reconstructs):
             return
         with undisturbed(module):
-            subjects = self._fixed(trainer, current)
-            prompts = subjects.caption or [""] * len(subjects)
+            prompts: list[str] = []
             columns: dict[str, list[Image.Image]] = {}
-            if reconstructs and subjects.image is not None:
-                columns["real"] = to_pil(subjects.image)
-                columns["reconstructed"] = to_pil(module.reconstruct(subjects.image.to(module.device)))
-            if generates:
-                columns |= self._generate(module, subjects.to(module.device))
+            for subjects in self._fixed(trainer, current):
+                drawn: dict[str, list[Image.Image]] = {}
+                if reconstructs and subjects.image is not None:
+                    drawn["real"] = to_pil(subjects.image)
+                    drawn["reconstructed"] = to_pil(module.reconstruct(subjects.image.to(module.device)))
+                if generates:
+                    drawn |= self._generate(module, subjects.to(module.device), len(prompts))
+                prompts += subjects.caption or [""] * len(subjects)
+                columns = {title: columns.get(title, []) + pictures for title, pictures in drawn.items()}
         if columns and trainer.is_global_zero:
             self._publish(trainer, columns, prompts)
 
-    def _fixed(self, trainer: L.Trainer, current: Records | None) -> Records:
-        """What pictures are made for; chosen once, by rank 0 for all."""
-        if self._subjects is None:
+    def _fixed(self, trainer: L.Trainer, current: Records | None) -> list[Records]:
+        """What pictures are made for, the same on all ranks; chosen once."""
+        if not self._subjects:
+            n = self.options.count
             if self.options.prompts is not None:
-                chosen = Records.of_prompts(self.options.prompts)
+                self._subjects = [Records.of_prompts(self.options.prompts)]
             else:
-                found = next(records_of(trainer, "val"), current)
-                chosen = Records.of_prompts([""] * self.options.count) if found is None else found
-                chosen = chosen.slice(0, self.options.count).to("cpu")
-            self._subjects = trainer.strategy.broadcast(chosen)
+                found = shared_records(trainer, "val", n, current, "samples.count")
+                self._subjects = found or [Records.of_prompts([""] * n)]
         return self._subjects
 
-    def _generate(self, module: Any, subjects: Records) -> dict[str, list[Image.Image]]:
-        """One column per noise; picture i of column j has the position i * per_prompt + j."""
+    def _generate(self, module: Any, subjects: Records, first: int) -> dict[str, list[Image.Image]]:
+        """One column per noise; picture i of column j, i counted from `first`, has the position i * per_prompt + j."""
         cond, n, k = module.condition(subjects), len(subjects), self.options.per_prompt
         keys = module.keys.fork("samples")
         columns = {}
         for j in range(k):  # a column at a time: as much memory as one batch of prompts
-            positions = torch.arange(n, device=module.device) * k + j
+            positions = torch.arange(first, first + n, device=module.device) * k + j
             columns[f"sample {j + 1}"] = to_pil(module.sample(cond, keys, positions))
         return columns
 

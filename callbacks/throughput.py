@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import resource
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ from callbacks.inference import log_metrics
 from lightning_t2i.errors import UserError
 from lightning_t2i.flops import counting, utilisation
 
+UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, bytes
 FETCH = "train_dataloader_next"  # the end of the name under which Lightning profiles the wait for a batch
 
 
@@ -203,7 +205,7 @@ class Throughput(L.Callback):
 
 
 def peak_memory(device: torch.device) -> int:
-    """Largest memory in use so far, bytes: allocated on a GPU, resident in the process on a CPU (Linux)."""
+    """Largest memory in use so far, bytes: allocated on a GPU, resident in the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT

@@ -24,7 +24,7 @@ from PIL import Image
 from lightning_t2i.claims.training import prompts
 from lightning_t2i.keys import Keys
 from lightning_t2i.loggers import read_lines
-from lightning_t2i.metrics.assets import STUDENTS
+from lightning_t2i.metrics.assets import SOLVERS, STUDENTS
 from lightning_t2i.paths import ROOT, resolve
 from lightning_t2i.pictures import draw_grid, to_pil
 from lightning_t2i.report import series
@@ -49,6 +49,13 @@ CURVES: dict[str, list[Panel]] = {
             "low": "student/g_low", "middle": "student/g_mid", "high": "student/g_high"}),
         ("x of the student", {"deviation": "student/contrast"}),
     ],
+    "instaflow": [
+        ("loss of the reflow", {"all times": "student/loss"}),
+        ("its quarters of t", {
+            "nearest the data": "student/loss_1", "second": "student/loss_2",
+            "third": "student/loss_3", "nearest the noise": "student/loss_4"}),
+        ("validation: distance to the teacher", {"distance": "val/distance"}),
+    ],
 }  # fmt: skip
 
 
@@ -71,7 +78,7 @@ def student(name: str, rows: int = ROWS) -> Image.Image:
     (records,) = prompts("test", rows)
     columns = []
     for network, steps, guidance in (("sd", 25, 4.5), ("sd", 1, 4.5), (name, 1, 1.0)):
-        teacher = Teacher(f"assets/tiny/{network}", guidance=guidance, steps=steps)
+        teacher = Teacher(f"assets/tiny/{network}", guidance=guidance, steps=steps, solver=SOLVERS[network])  # type: ignore[arg-type]
         teacher.configure_model()
         images = teacher.eval().sample(teacher.condition(records), Keys(0).fork("gallery"), records.position)
         columns.append(to_pil(images))

@@ -70,16 +70,27 @@ class JsonlLogger(Logger):
         resume_step: lines of later steps are removed: they belong to work that the resumed run does again. None
             leaves the file as it is.
         clock: see `Clock`.
+        changes: what is measured otherwise than the run says, see `verbs.changes_of`; lines hold it as "with".
     """
 
-    def __init__(self, file: Path, resume_step: int | None = None, clock: Clock | None = None):
+    def __init__(
+        self,
+        file: Path,
+        resume_step: int | None = None,
+        clock: Clock | None = None,
+        changes: Mapping[str, Any] | None = None,
+    ):
         super().__init__()
         self.file, self.clock = file, clock or Clock()
+        self.said = {"with": dict(changes)} if changes else {}
         if rank_zero_only.rank == 0:
             file.parent.mkdir(parents=True, exist_ok=True)
             if resume_step is not None and file.exists():
                 kept = [line for line in read_lines(file) if line["step"] <= resume_step]
                 write_atomically(file, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            elif file.exists() and file.read_bytes()[-1:] not in (b"", b"\n"):
+                with file.open("a", encoding="utf-8") as stream:
+                    stream.write("\n")  # what follows is no part of a line that a kill or a full disk has cut
 
     @property
     def name(self) -> str:
@@ -96,7 +107,7 @@ class JsonlLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         values, step, samples = self.clock.stamp(metrics, step)
-        line = {"step": step, "samples": samples, "time": round(time.time(), 3)}
+        line = {"step": step, "samples": samples, "time": round(time.time(), 3), **self.said}
         line |= {name: float(value) for name, value in values.items()}
         with self.file.open("a", encoding="utf-8") as stream:  # closed, so flushed: a killed process loses no line
             stream.write(json.dumps(line) + "\n")
@@ -107,13 +118,11 @@ class JsonlLogger(Logger):
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics.jsonl; the last one may have been cut off by a kill."""
+    """The complete lines of a metrics.jsonl; a kill or a full disk may have cut some off."""
     lines = []
     for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        try:
+        with contextlib.suppress(ValueError):
             lines.append(json.loads(text))
-        except ValueError:
-            break
     return lines
 
 

@@ -18,8 +18,12 @@ def job_id() -> str | None:
 
 
 def restarted() -> bool:
-    """Whether SLURM has put this job back into the queue before: the same command then goes on with what it began."""
-    return job_id() is not None and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    """Whether SLURM has put this job back into the queue before, or torchrun started its workers again.
+
+    The same command then goes on with what it began.
+    """
+    requeued = job_id() is not None and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    return requeued or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def outlive_signals(worker: int = 0) -> None:

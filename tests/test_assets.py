@@ -171,7 +171,7 @@ def stock(name: str):
             {"true_cfg_scale": 3.0, "negative_prompt": [""] * 3, "max_sequence_length": 32, "height": 32, "width": 32},
         ),
     }[name]
-    pipeline = cls.from_pretrained(TINY / name, dtype=torch.float32)
+    pipeline = cls.from_pretrained(TINY / name, dtype=torch.float32, trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, options
 

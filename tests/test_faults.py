@@ -232,7 +232,6 @@ def test_nan_in_a_batch_and_a_dead_rank(tmp_path, repo, hit, name):
 
     assert f"rank {hit} of 2 processes does not answer" in logs[1 - hit].read_text()
     assert [path.name for path in complete_checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]
-    assert float((tmp_path / f"seconds-{1 - hit}").read_text()) < 60
 
 
 def test_a_rank_that_ends_by_itself_is_named_with_its_error():

@@ -27,6 +27,33 @@ def on_a_disk(place: str | Path, where: str) -> Path:
     return Path(place)
 
 
+def mirror_of(place: str, run: str) -> str:
+    """Where the copies of a run's checkpoints are."""
+    return f"{place.rstrip('/')}/{run}"
+
+
+def refuse_others(place: str, run: str) -> None:
+    """For a training that starts from the beginning: its checkpoints would stand among those of an earlier one.
+
+    Raises:
+        UserError: checkpoints of a run of this name are there already, or the place cannot be read.
+    """
+    mirror = Mirror(address := mirror_of(place, run))
+    try:
+        found = mirror.files.glob(f"{mirror.place}/step-*/{MARKER}")
+    except Exception as error:  # whatever a file system of fsspec's raises
+        what, fix = "The place for copies of checkpoints cannot be read", f"{type(error).__name__}: {error}"
+        raise UserError(what, where="checkpoints.mirror", given=address, fix=fix) from error
+    if found:
+        raise UserError(
+            "Copies of another training's checkpoints are there, and this one starts from the beginning",
+            where="checkpoints.mirror",
+            given=address,
+            allowed="a folder without checkpoints",
+            fix=f"rename {address}, or train under another name with --run OTHER_NAME",
+        )
+
+
 class Mirror:
     """Copies complete checkpoints to `PLACE/step-XXXXXXXX`, the marker last; never removes any there.
 

@@ -88,6 +88,8 @@ class _Writer(FileSystemWriter):
 def write_sharded(state: dict[str, Any], folder: Path, ranks: Ranks) -> None:
     """Writes this process's files into a folder that all processes see; on rank 0 also what belongs to no process.
 
+    A process that fails, at whatever it writes, fails all of them.
+
     Args:
         state: a nest of plain values, tensors that are equal on all ranks, and `Shard`s.
     """
@@ -105,9 +107,13 @@ def write_sharded(state: dict[str, Any], folder: Path, ranks: Ranks) -> None:
     plans, metadata = planner.create_global_plan(ranks.gather(plan))  # every rank comes to the same
     mine = planner.finish_plan(writer.prepare_global_plan(plans)[ranks.rank])
     results = ranks.gather(lambda: writer.write_data(mine, planner).wait())
-    if ranks.rank == 0:
-        writer.finish(metadata, results)
-        write_state(plain, folder)
+
+    def finish() -> None:
+        if ranks.rank == 0:
+            writer.finish(metadata, results)
+            write_state(plain, folder)
+
+    ranks.gather(finish)
 
 
 def _split(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor | Shard]) -> Any:

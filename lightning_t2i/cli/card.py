@@ -1,7 +1,8 @@
 """Model cards: what an exported folder holds, where it comes from and what it scores, all of it read from files.
 
 The networks are those of the written folder; steps, samples and time those of the exported checkpoint; scores those
-that the run logged up to that step. What a run folder lacks is left out, and no path of the machine is written.
+that the run logged up to that step, with the average and the sampling of the export. What a run folder lacks is left
+out, and no path of the machine is written.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from lightning_t2i.cli.origins import UNKNOWN, bases_of, data_rows, recipe_of
+from lightning_t2i.cli.origins import UNKNOWN, bases_of, data_rows, public, recipe_of
 from lightning_t2i.cli.stock import Stock, read_stock
 from lightning_t2i.loggers import read_lines
 from lightning_t2i.report import duration, table
@@ -51,7 +52,8 @@ class RunFacts:
     """What is known of a run at a checkpoint; empty where its folder does not say.
 
     config: resolved; environment: env.json; step, samples, seconds: at the checkpoint; seed: of the run; title: first
-    line of the method's file; papers: arXiv ids there; deviations: its paragraph of that name.
+    line of the method's file; papers: arXiv ids there; deviations: its paragraph of that name; changes: what is
+    exported otherwise than the run says, see `verbs.changes_of`.
     """
 
     folder: Path
@@ -64,9 +66,12 @@ class RunFacts:
     deviations: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
+    changes: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, folder: Path, method: Any, checkpoint: Mapping[str, Any]) -> RunFacts:
+    def of(
+        cls, folder: Path, method: Any, checkpoint: Mapping[str, Any], changes: Mapping[str, Any] | None = None
+    ) -> RunFacts:
         """Reads a run folder, the file of its method, and the state that was exported."""
         text = (sys.modules[type(method).__module__].__doc__ or "").strip()
         paragraph = re.search(r"^Deviations[^:]*: *(.+?)(?:\n\n|\Z)", text, flags=re.M | re.S)
@@ -83,6 +88,7 @@ class RunFacts:
             " ".join(paragraph[1].split()) if paragraph else "",
             yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {},
             json.loads(environment.read_text(encoding="utf-8")) if environment.is_file() else {},
+            dict(changes or {}),
         )
 
     @property
@@ -98,11 +104,16 @@ class RunFacts:
 
 
 def score_rows(facts: RunFacts) -> list[tuple[str, str, str, str]]:
-    """(name, value, training step, file): the last score of each name in each file, none from after the checkpoint."""
+    """(name, value, training step, file): the last score of each name in each file.
+
+    None from after the checkpoint, none of another average or other sampling than that of the export.
+    """
     rows = []
     for name in ("metrics.jsonl", "validate.jsonl", "test.jsonl"):
         latest: dict[str, tuple[float, int]] = {}
         for line in read_lines(facts.folder / name):
+            if line.get("with", {}) != facts.changes:
+                continue
             if line["step"] == facts.step or (line["step"] < facts.step and name == "metrics.jsonl"):
                 scores = {k: v for k, v in line.items() if k.startswith(SCORES) and not k.endswith("/seconds")}
                 latest |= {k: (v, line["step"]) for k, v in scores.items()}
@@ -123,6 +134,7 @@ def training_rows(facts: RunFacts, recipe: str) -> list[tuple[str, str]]:
         ("seed", "" if facts.seed is None else str(facts.seed)),
         ("commit", f"{git['commit']}{' with changes' if git.get('changed') else ''}" if git.get("commit") else ""),
         ("machine", machine),
+        ("exported with", ", ".join(f"`{key}` {public(value)}" for key, value in facts.changes.items())),
         ("versions", ", ".join(f"{name} {v}" for name, v in versions.items() if v != "absent")),
     ]
     return [row for row in rows if row[1]]

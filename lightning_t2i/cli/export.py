@@ -8,7 +8,7 @@ from lightning_t2i.cli import runs
 from lightning_t2i.cli.card import RunFacts, write_card, write_edm_card
 from lightning_t2i.cli.main import Request
 from lightning_t2i.cli.restore import restore
-from lightning_t2i.cli.verbs import opened
+from lightning_t2i.cli.verbs import changes_of, opened
 from lightning_t2i.errors import UserError
 from lightning_t2i.protocols import Exports
 
@@ -35,7 +35,7 @@ def export(request: Request) -> int:
         return 0
     if (found := opened(request)) is None:
         return 0
-    session, _ = found
+    session, config = found
     folder = runs.runs_root() / runs.run_name(request.run, request.configs)
     session.build(folder, [], [])
     method, data, name = session.method, session.data, type(session.method).__name__
@@ -49,6 +49,8 @@ def export(request: Request) -> int:
     sampling = {name: getattr(method, name, None) for name in ("steps", "guidance", "embedded_guidance")}
     if hasattr(method, "val_steps"):  # a student (protocols.Distils): `guidance` is its teacher's
         sampling |= {"steps": sampling["steps"] or 1, "guidance": getattr(method, "alpha", 1.0)}
-    write_card(out, RunFacts.of(folder, method, state), sampling)
+    changes = changes_of(request, config, folder)
+    changes = {key: value for key, value in changes.items() if key.startswith(("--ema", "model."))}
+    write_card(out, RunFacts.of(folder, method, state, changes), sampling)
     print(f"exported {checkpoint} to {out}")
     return 0

@@ -116,6 +116,18 @@ def data_rows(config: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         yield (*row, UNKNOWN if licence == "unknown" else licence)
 
 
+def _started_with(environment: Mapping[str, Any]) -> list[Path]:
+    """The config files of the last start that names any; a start that goes on may name the run alone."""
+    for start in reversed(environment.get("starts", [])):
+        try:
+            request = parse(shlex.split(start["command"])[1:])
+        except (KeyError, ValueError, UserError):  # a program of the user's
+            continue
+        if request.configs:
+            return request.configs
+    return []
+
+
 def recipe_of(environment: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, list[str]] | None:
     """The config files that the run was started with, and what was changed beside them, `key: recipe -> run`.
 
@@ -123,14 +135,14 @@ def recipe_of(environment: Mapping[str, Any], config: Mapping[str, Any]) -> tupl
     """
     from lightning_t2i.cli.session import Session
 
+    files = _started_with(environment)
     try:
-        request = parse(shlex.split(environment["starts"][-1]["command"])[1:])
-        recipe = Session().parse(merge(request.configs), "fit") if request.configs else None
-    except (KeyError, IndexError, ValueError, UserError):
+        recipe = Session().parse(merge(files), "fit") if files else None
+    except UserError:
         return None
     if recipe is None:
         return None
     old, new = ({**runs.identity(c), "trainer.max_steps": c["trainer"]["max_steps"]} for c in (recipe, config))
     changed = [key for key in new if key not in old or old[key] != new[key]]
-    names = ", ".join(f"`{public(str(resolve(p).resolve()))}`" for p in request.configs)
+    names = ", ".join(f"`{public(str(resolve(p).resolve()))}`" for p in files)
     return names, [f"`{key}`: {public(old.get(key, 'absent'))} -> {public(new[key])}" for key in changed]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,8 @@ from typing import Any
 import lightning as L
 import torch
 
+from callbacks.throughput import peak_memory
 from lightning_t2i.state_io import write_atomically
-
-UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, bytes
 
 
 class Record(L.Callback):
@@ -30,11 +27,15 @@ class Record(L.Callback):
         self.folder, self.config_hash = folder, config_hash
         self._before, self._peak = 0.0, 0
         self._start: float | None = None  # of the training; a resumed fit may have nothing left to do
+        self._device = torch.device("cpu")
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        self._device = trainer.strategy.root_device
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._start = time.monotonic()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
 
     @property
     def seconds(self) -> float:
@@ -42,10 +43,8 @@ class Record(L.Callback):
         return self._before + (0.0 if self._start is None else time.monotonic() - self._start)
 
     def peak_memory(self) -> int:
-        """Bytes: of the device on a GPU, of the process else."""
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            return max(self._peak, torch.cuda.max_memory_allocated())
-        return max(self._peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT)
+        """Bytes, over all starts of the run."""
+        return max(self._peak, peak_memory(self._device))
 
     def state_dict(self) -> dict[str, Any]:
         file = self.folder / "wandb_id"

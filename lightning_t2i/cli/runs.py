@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from lightning_t2i import __version__
-from lightning_t2i.checkpoints.mirror import on_a_disk
+from lightning_t2i.checkpoints.mirror import on_a_disk, refuse_others
 from lightning_t2i.cli import launch
 from lightning_t2i.cli.configs import flatten
 from lightning_t2i.errors import UserError
@@ -47,6 +47,8 @@ FREE = (
     *(f"trainer.{name}" for name in ("limit_val_batches", "limit_test_batches", "limit_predict_batches")),
     *(f"trainer.{name}" for name in ("num_sanity_val_steps", "detect_anomaly", "model_registry")),
 )
+# Of this, what a measurement depends on all the same, under one name.
+MEASURED = ("eval.networks.*", "trainer.limit_val_batches", "trainer.limit_test_batches")
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "numpy", "jsonargparse", "wandb", "peft", "bitsandbytes")
 
 
@@ -106,6 +108,17 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [f"{k}: {a.get(k, 'absent')} -> {b.get(k, 'absent')}" for k in keys]
 
 
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """{dotted key: new value} where two resolved configs measure different things under the same names."""
+
+    def measured(config: Mapping[str, Any]) -> dict[str, Any]:
+        flat = flatten(config)
+        return identity(config) | {k: v for k, v in flat.items() if any(fnmatch(k, pattern) for pattern in MEASURED)}
+
+    a, b = measured(old), measured(new)
+    return {k: b.get(k, "absent") for k in sorted(a.keys() | b.keys()) if k not in a or k not in b or a[k] != b[k]}
+
+
 def move_aside(folder: Path) -> Path:
     """Renames a folder to the first free NAME.1, NAME.2, …"""
     n = 1
@@ -148,7 +161,10 @@ def begin(folder: Path, config: dict[str, Any], fresh: bool) -> Run:
     """Prepares the folder for a training and decides where it goes on; rank 0 acts, the others wait for its word."""
     if launch.rank() != 0:
         return Run(folder, launch.hear(folder))
-    launch.token()  # what it refuses is refused before anything is moved
+    launch.token()  # what is refused is refused before anything is moved
+    mirror = (config.get("checkpoints") or {}).get("mirror")
+    if mirror is not None and (fresh or newest(folder / "checkpoints") is None):
+        refuse_others(mirror, folder.name)
     if fresh and folder.exists() and any(folder.iterdir()):
         move_aside(folder)
     resume = newest(folder / "checkpoints")

@@ -66,6 +66,17 @@ def _config_of_run(request: Request) -> list[Path]:
     return [file]
 
 
+def changes_of(request: Request, config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What a command samples or measures with otherwise than the run in `folder`: {"--ema": label, dotted key: value}.
+
+    Empty for the run's own config and the first average of each group.
+    """
+    found, file = {} if request.ema is None else {"--ema": request.ema}, folder / "config.yaml"
+    if (request.configs or request.overrides) and file.is_file():
+        found |= runs.changes(yaml.safe_load(file.read_text()), config)
+    return found
+
+
 @contextlib.contextmanager
 def told() -> Iterator[None]:
     """What Lightning refuses as a mistake of the user's is one of ours to tell."""
@@ -94,6 +105,8 @@ def fit(request: Request) -> int:
         if run.resume is None:
             raise UserError("There is no checkpoint to go on from", where="--reset_optimizer", given=str(folder))
         session.method.reset_optimizer = True
+    once = [name for name in ("fresh", "reset_optimizer") if getattr(request, name)]  # they would do it all again
+    session.preemption.again += "".join(f" without --{name}" for name in once)
     tracking = session.config_init.tracking
     trainer.loggers = build_loggers(folder, tracking, config, run.step, Clock(trainer))
     if trainer.is_global_zero:
@@ -129,7 +142,7 @@ def _rehearse(session: Session, config: dict[str, Any], folder: Path) -> int:
 def _evaluate(request: Request) -> int:
     if (found := opened(request)) is None:
         return 0
-    session, _ = found
+    session, config = found
     folder = runs.runs_root() / runs.run_name(request.run, request.configs)
     checkpoint: Any = request.ckpt_path  # else rank 0's choice: a training beside may save while processes look
     if checkpoint is None:
@@ -141,7 +154,8 @@ def _evaluate(request: Request) -> int:
     if request.ema is not None:
         callbacks.append(UseAverage(request.ema, folder))
     trainer = session.build(folder, [], callbacks)
-    trainer.loggers = [JsonlLogger(folder / f"{request.verb}.jsonl", clock=Clock(trainer))]
+    changes = changes_of(request, config, folder)
+    trainer.loggers = [JsonlLogger(folder / f"{request.verb}.jsonl", clock=Clock(trainer), changes=changes)]
     if trainer.is_global_zero:
         print(banner(session, runs.Run(folder, checkpoint), TrackingOptions(wandb="off")), flush=True)
     arguments: dict[str, Any] = {"return_predictions": False} if predicts else {}

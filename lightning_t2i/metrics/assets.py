@@ -34,11 +34,11 @@ from lightning_t2i.paths import ROOT
 from lightning_t2i.token_pipeline import TokenPipeline
 
 TINY = ROOT / "assets" / "tiny"
-STUDENTS = ("dmd", "swiftbrush")  # pipelines of one step
+STUDENTS = ("dmd", "swiftbrush", "instaflow")  # pipelines of one step
 N, CHOOSING, SCALES = 1000, 200, dict.fromkeys(STUDENTS, (1.0,))
 ALL_SCALES = (2.0, 3.0, 4.5, 6.0)  # where SCALES names none
 SOLVERS = {"pixart": "ddim", "flux": "euler", "sd": "ddim", "ddpm": "ddim", "edm": "heun"}
-SOLVERS |= dict.fromkeys(STUDENTS, "ddim")
+SOLVERS |= {**dict.fromkeys(STUDENTS, "ddim"), "instaflow": "euler"}
 STEPS = {"ddpm": 50, "edm": 18, **dict.fromkeys(STUDENTS, 1)}
 
 

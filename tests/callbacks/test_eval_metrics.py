@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +105,8 @@ def test_budget_leaves_evaluations_out_and_says_so_once(studio, ticking, monkeyp
 
 def test_real_clock_and_default_budget(studio) -> None:
     callback = EvalMetrics(EvalOptions(metrics=["mean"], every=1, n=4))
-    start = time.monotonic()
     studio.trainer(callback, steps=5).fit(studio.Painter(), studio.Easel())
-    assert 0 < callback.budget.spent < time.monotonic() - start and callback.budget.skipped > 0
+    assert callback.budget.spent > 0 and "eval/mean@n=4" in callback.results  # the first is always made
 
 
 def test_validate_and_test_know_no_limit(studio) -> None:

@@ -75,6 +75,12 @@ def test_each_prompt_has_as_many_pictures_as_it_is_given_noises(studio) -> None:
     assert [positions for _, positions in method.sampled] == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 
+def test_prompts_are_taken_from_as_many_batches_as_they_need(studio) -> None:
+    method = studio.Painter()
+    watched(studio, method=method, steps=1, noises=2, prompts=6)
+    assert [positions for _, positions in method.sampled] == [[0, 2, 4, 6], [1, 3, 5, 7], [8, 10], [9, 11]]
+
+
 def painter(studio: Any, paint: Any) -> Any:
     class Sick(studio.Painter):
         def sample(self, cond: Any, keys: Any, positions: Tensor) -> Tensor:
@@ -228,7 +234,7 @@ def watched_by_a_rank(rank: int, folder: str) -> dict[str, float]:
     spec = importlib.util.spec_from_file_location("studio", Path(__file__).with_name("conftest.py"))
     helper = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(helper)
-    callback = Health(HealthOptions(enabled=True, every=1, prompts=2), clock=lambda: 0.0)
+    callback = Health(HealthOptions(enabled=True, every=1, prompts=5), clock=lambda: 0.0)
     method = two_groups(helper, 100.0, gap=1.0 + rank)
     trainer = helper.Studio(Path(folder)).trainer(callback, steps=2, strategy=FSDP2(1, 2), devices=2)
     trainer.fit(method, helper.Easel())
@@ -236,8 +242,9 @@ def watched_by_a_rank(rank: int, folder: str) -> dict[str, float]:
 
 
 def test_two_ranks_see_the_same_signals(ranks, studio, tmp_path: Path) -> None:
+    """Of five prompts, which lie in two batches and on both ranks."""
     first, second = ranks(watched_by_a_rank, str(tmp_path))
-    alone = watched(studio, method=two_groups(studio, 100.0, gap=1.0), steps=2, prompts=2)[0].values
+    alone = watched(studio, method=two_groups(studio, 100.0, gap=1.0), steps=2, prompts=5)[0].values
     assert first == second and set(first) == {"saturation", "brightness", "diversity", "gradient_ratio", "gap"}
     assert first.pop("gap") == 1.5 and alone.pop("gap") == 1.0  # the mean over ranks
     assert first == pytest.approx(alone, rel=1e-3)

@@ -62,6 +62,20 @@ def test_prompts_and_noise_are_fixed(studio) -> None:
     assert grids(studio.folder)[1].text["prompts"].split("\n") == studio.prompts[:3]
 
 
+def test_prompts_of_several_batches_are_one_grid(studio) -> None:
+    class Restorer(studio.Painter):
+        def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
+            return images
+
+    method = Restorer()
+    studio.trainer(SampleGrid(SampleOptions(every=9, count=6, per_prompt=1)), steps=1).fit(method, studio.Easel())
+    assert method.sampled == [(1, [0, 1, 2, 3]), (1, [4, 5])]
+    grid = grids(studio.folder)[1]
+    assert grid.text["prompts"].split("\n") == [studio.prompts[i % 4] for i in range(6)]
+    real, restored = (np.asarray(grid)[-560:, x : x + 96] for x in (-312, -208))
+    assert np.array_equal(real, restored) and real[-90:].std() > 20  # the sixth has its real picture too
+
+
 def test_pictures_of_the_grid_are_the_samples(studio) -> None:
     method = studio.Painter()
     studio.trainer(SampleGrid(SampleOptions(every=9, count=2, per_prompt=2)), steps=1).fit(method, studio.Easel())

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from callbacks.checkpoints import CheckpointOptions, Checkpoints
 from lightning_t2i.guards import NonFiniteError
 from lightning_t2i.method import MethodModule
 
-BROKEN, PATIENCE = 30, 4  # position of the NaN: the last but one of batch 3; seconds of a collective call
+BROKEN, PATIENCE = 30, 8  # position of the NaN: the last but one of batch 3; seconds of a collective call
 
 
 class BrokenData(ToyData):
@@ -59,12 +58,7 @@ def main() -> None:
         (folder / f"nan-{rank}.json").write_text(json.dumps(found))
     saver = Checkpoints(folder / "checkpoints", CheckpointOptions(every=2))
     trainer = trainer_for(folder, 8, shard=2, callbacks=[saver, Signal(hit, signal.Signals[name])])
-    start = time.monotonic()
-    try:
-        trainer.fit(Toy(), ToyData(), weights_only=True)
-    except RuntimeError:
-        (folder / f"seconds-{rank}").write_text(str(time.monotonic() - start))
-        raise
+    trainer.fit(Toy(), ToyData(), weights_only=True)
 
 
 if __name__ == "__main__":

@@ -264,8 +264,11 @@ def test_the_command_exports_and_evaluates_another_average(tmp_path, monkeypatch
     losses = []
     for words in ([], ["--ema", "0.1"]):
         assert main(["validate", "--run", "mine", *words]) == 0
-        losses.append(read_lines(tmp_path / "runs/mine/validate.jsonl")[-1]["val/psnr"])
-    assert losses[0] != losses[1]
+        losses.append(read_lines(tmp_path / "runs/mine/validate.jsonl")[-1])
+    assert losses[0]["val/psnr"] != losses[1]["val/psnr"]
+    assert "with" not in losses[0] and losses[1]["with"] == {"--ema": "0.1"}
+    assert "exported with" not in (tmp_path / "out-None/README.md").read_text()
+    assert "exported with | `--ema` 0.1" in (tmp_path / "out-0.1/README.md").read_text()
     assert main(["fit", "--config", str(tmp_path / "mine.yaml"), "--ema", "0.1"]) == 2
     assert "Only export and evaluations" in capsys.readouterr().err
     assert json.loads((tmp_path / "runs/mine/finished").read_text()) == {"step": 6}

@@ -39,6 +39,20 @@ def test_lines_after_the_resumed_step_and_cut_ones_are_removed(tmp_path) -> None
     assert file.read_text() == ""
 
 
+@pytest.mark.parametrize("cut", ['{"step": 2, "sam', '{"step": 2, "samples": 0, "time": 1.0, "x": 2.0}'])
+def test_a_line_without_an_end_hides_none_that_follows(tmp_path, cut) -> None:
+    """A full disk cuts validate.jsonl, which no resume cuts back; a line that lacks its end alone is a whole one."""
+    file = tmp_path / "validate.jsonl"
+    JsonlLogger(file).log_metrics({"x": 1.0}, step=1)
+    with file.open("a") as stream:
+        stream.write(cut)
+    JsonlLogger(file).log_metrics({"x": 3.0}, step=3)
+    JsonlLogger(file).log_metrics({"x": 4.0}, step=4)
+    assert [line["x"] for line in read_lines(file)] == ([1.0, 2.0, 3.0, 4.0] if cut.endswith("}") else [1.0, 3.0, 4.0])
+    JsonlLogger(file, resume_step=3)
+    assert [line["step"] for line in read_lines(file)][-1] == 3
+
+
 def test_lightnings_own_step_is_replaced_by_training_steps() -> None:
     """Lightning counts batches and marks its metrics with `epoch`; with accumulation that is another number."""
     clock = clock_at(7, 112)

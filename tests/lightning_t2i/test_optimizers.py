@@ -271,3 +271,7 @@ def test_reset_optimizer_is_an_option_of_fit(tmp_path, monkeypatch, capsys):
     assert saved["counters"]["step"] == 5
     assert saved["groups"]["critic"]["updates"] == 5
     assert saved["groups"]["critic"]["states"]["inside.weight"]["step"] == 1
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun gives the same command again after a failure
+    assert main(["fit", *config, "--reset_optimizer", "--trainer.max_steps", "6"]) == 0
+    saved = read(tmp_path / "runs/toy/checkpoints/step-00000006")["t2i"]
+    assert saved["groups"]["critic"]["states"]["inside.weight"]["step"] == 2

@@ -24,7 +24,8 @@ def train(repo: Path, folder: Path, *arguments: object, killed: bool = False) ->
     environment = {k: v for k, v in environment.items() if not k.startswith(("LOCAL_", "MASTER_", "PYTEST_"))}
     result = programs.run(command, env=environment, timeout=120)
     if killed:
-        assert result.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL, 1), result.stderr
+        lost = [1] if 2 in arguments else []  # of two processes one may end because the other has
+        assert result.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL, *lost), result.stderr
         assert not (folder / f"checkpoints/step-{STEPS:08d}").exists()
     else:
         assert result.returncode == 0, result.stdout + result.stderr

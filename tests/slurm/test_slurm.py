@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -140,10 +139,8 @@ def test_a_cancelled_job_is_saved_and_not_requeued(cluster, place) -> None:
 def test_a_task_that_fails_ends_the_job_with_the_first_traceback(cluster, place, happens, first) -> None:
     """Rank 1 is killed, and rank 0 cannot go on; or rank 1 raises, and its error is the first that the output has."""
     words = place.fit("sharded.yaml", "--tracking.wandb", "off")
-    began = time.monotonic()
     job = cluster.submit("nodes.sbatch", *words, SIGNAL_AT=f"4 {happens} 1", **place.variables)
     output = cluster.ends(job, "FAILED", 90)  # of the two minutes and more that a collective call would wait
-    assert time.monotonic() - began < 90
     tracebacks = [line for line in output.splitlines() if "Traceback (most recent call last)" in line]
     assert tracebacks and tracebacks[0].startswith(first), output
     assert ("ArithmeticError: broken on purpose" in output) == (happens == "error")

@@ -9,7 +9,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from toy import Toy, ToyData, trainer_for
 
 from callbacks.checkpoints import CheckpointOptions, Checkpoints
-from lightning_t2i.checkpoints.mirror import Mirror, on_a_disk
+from lightning_t2i.checkpoints.mirror import Mirror, on_a_disk, refuse_others
 from lightning_t2i.cli import runs
 from lightning_t2i.errors import UserError
 from lightning_t2i.state_io import AtomicCheckpointIO, complete_checkpoints, newest
@@ -98,6 +98,23 @@ def test_an_address_that_nothing_can_write_to_is_refused_before_the_training(tmp
     with pytest.raises(UserError, match="checkpoints.mirror"):
         fit(tmp_path / "a", 2, mirror="no-such-store://x")
     assert not (tmp_path / "a/checkpoints").exists()
+
+
+def test_a_training_from_the_beginning_needs_a_place_without_checkpoints(tmp_path, memory, monkeypatch):
+    refuse_others("memory://project", "a")
+    memory.pipe("/project/a/step-00000002/state.pt", b"")  # a copy that broke off
+    refuse_others("memory://project", "a")
+    fit(tmp_path / "a", 2, mirror="memory://project")
+    with pytest.raises(UserError, match="memory://project/a"):
+        refuse_others("memory://project/", "a")
+    refuse_others("memory://project", "b")
+
+    def refuse(self, *args, **kwargs):
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(MemoryFileSystem, "glob", refuse)
+    with pytest.raises(UserError, match="Access Denied"):
+        refuse_others("memory://project", "b")
 
 
 @pytest.mark.parametrize("place", ["s3://bucket/runs", "gs://bucket/runs", "hf+x://a", "s3:/bucket"])

@@ -22,7 +22,7 @@ from toy import Toy, ToyData, trainer_for
 
 from callbacks.checkpoints import CheckpointOptions, Checkpoints
 from lightning_t2i.checkpoints import sharded
-from lightning_t2i.checkpoints.ranks import ALONE
+from lightning_t2i.checkpoints.ranks import ALONE, Ranks
 from lightning_t2i.options import MethodOptions
 from lightning_t2i.state_io import AtomicCheckpointIO, Stored, newest, read_marker, write_folder
 
@@ -82,7 +82,7 @@ STAGES = [(12, (2, 1), "sharded", False), (13, (1, 2), "single", True), (15, (1,
 
 
 def two_processes(rank: int, folder: str) -> dict:
-    """Goes on from step 9 on two meshes, in both forms, at once and in the background; then rank 1's disk is full."""
+    """Goes on from step 9 on two meshes, in both forms, at once and in the background; then a disk is full."""
     folder, found = Path(folder), {"exact": [], "cut": [], "losses": {}}
     for step, mesh, form, asynchronous in STAGES:
         saved = tensors(AtomicCheckpointIO().load_checkpoint(newest(folder)))
@@ -94,6 +94,7 @@ def two_processes(rank: int, folder: str) -> dict:
     found["files"] = {p.name: read_marker(p)["files"] for p in folder.iterdir()}
     found["part"] = a_part_is_read(folder)
     found["failure"] = one_rank_fails(rank, folder)
+    found["last"] = rank_0_fails_last(rank, folder)
     return found
 
 
@@ -141,6 +142,24 @@ def one_rank_fails(rank: int, folder: Path) -> str:
     return "no failure"
 
 
+def rank_0_fails_last(rank: int, folder: Path) -> str:
+    """What rank 0 writes alone does not fit any more: no rank waits for it."""
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    original, sharded.write_state = sharded.write_state, full  # rank 1 never calls it
+    together, state = Ranks(dist.new_group(backend="gloo")), {"w": torch.arange(6.0)}
+    try:
+        path = folder.parent / "last" / "step-00000003"
+        write_folder(path, 3, "sharded", lambda into: sharded.write_sharded(state, into, together), together)
+    except (OSError, RuntimeError) as error:
+        return f"{type(error).__name__} {error}"
+    finally:
+        sharded.write_state = original
+    return "no failure"
+
+
 def test_a_sharded_checkpoint_moves_between_meshes(tmp_path, ranks):
     """1x1 -> 2x1 -> 1x2 -> 1x1: each begins with the bits that the one before saved and goes on with its losses."""
     _, straight = fit(tmp_path / "straight", 18)
@@ -163,7 +182,9 @@ def test_a_sharded_checkpoint_moves_between_meshes(tmp_path, ranks):
     assert first["files"]["step-00000013"].keys() == {"state.pt"}
     assert "rank 1: OSError: [Errno 28]" in first["failure"] and first["failure"].startswith("RuntimeError")
     assert second["failure"].startswith("OSError") and "No space left" in second["failure"]
-    assert list((tmp_path / "full").iterdir()) == []
+    assert first["last"].startswith("OSError") and "No space left" in first["last"]
+    assert "rank 0: OSError: [Errno 28]" in second["last"] and second["last"].startswith("RuntimeError")
+    assert list((tmp_path / "full").iterdir()) == list((tmp_path / "last").iterdir()) == []
 
 
 @pytest.mark.parametrize("saved", FORMS)

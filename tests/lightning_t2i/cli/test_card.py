@@ -150,8 +150,8 @@ def run(tmp_path) -> Path:
     return folder
 
 
-def carded(out: Path, run: Path, method: type = Diffusion) -> str:
-    facts = RunFacts.of(run, method.__new__(method), CHECKPOINT)
+def carded(out: Path, run: Path, method: type = Diffusion, changes: dict | None = None) -> str:
+    facts = RunFacts.of(run, method.__new__(method), CHECKPOINT, changes)
     return write_card(out, facts, SAMPLING).read_text()
 
 
@@ -186,6 +186,23 @@ def test_the_figures_are_those_of_the_run_at_the_checkpoint(run, tmp_path) -> No
         assert grid.size == (4, 4)  # not the one from after the checkpoint
     assert "prompt='two red squares'," in snippet_of(card)
     assert str(tmp_path) not in card and str(ROOT) not in card
+
+
+def test_scores_are_those_of_the_exported_average_and_sampling(run, tmp_path) -> None:
+    """A sweep over the guidance, and another average, leave their scores in the same files under the same names."""
+    swept = [({}, 0.5), ({"model.init_args.guidance": 6.0}, 0.6), ({"--ema": "0.9"}, 0.7)]
+    lines = [{"step": 20, "eval/x@n=4": x, **({"with": changes} if changes else {})} for changes, x in swept]
+    (run / "validate.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for changes, score in swept:
+        out = pipeline(tmp_path / f"out-{score}", "unet_text", "StableDiffusionPipeline", **NO_CHECKER)
+        card = carded(out, run, changes=changes)
+        scores, training = section(card, "Scores"), section(card, "Training")
+        assert f"| `eval/x@n=4` | {score} | 20 | validate.jsonl |" in scores and scores.count("eval/x@n=4") == 1
+        assert ("metrics.jsonl" in scores) == ("test.jsonl" in scores) == (not changes)  # those of the default alone
+        assert ("exported with" in training) == bool(changes)
+    assert "exported with | `--ema` 0.9" in training
+    card = carded(out, run, changes={"model.init_args.text": str(tmp_path / "text")})
+    assert "exported with | `model.init_args.text` text" in card and str(tmp_path) not in card
 
 
 def test_what_the_run_folder_lacks_is_left_out(tmp_path) -> None:
@@ -296,6 +313,8 @@ def test_differences_from_the_recipe(capsys) -> None:
         f"`{recipe}`",
         ["`model.init_args.guidance`: 3.0 -> 2.0", "`trainer.max_steps`: 8000 -> 7"],
     )
+    resumed = {"command": "train.py fit --run diffusion-tiny"}
+    assert recipe_of({"starts": [start, resumed]}, config) == recipe_of({"starts": [start]}, config)
     assert recipe_of({"starts": [{"command": "pytest x"}]}, config) is None
     assert recipe_of({}, config) is None
 

@@ -145,6 +145,47 @@ def test_fresh_moves_aside_and_deletes_nothing(config, tmp_path) -> None:
     assert done == {"toy.1": 4, "toy.2": 8, "toy": 12}
 
 
+def test_a_mirror_does_not_mix_two_trainings(config, tmp_path, capsys) -> None:
+    place = tmp_path / "mirror"
+    words = ["--checkpoints.mirror", str(place), "--trainer.max_steps"]
+    assert fit(config, *words, "4") == 0
+    assert fit(config, *words, "8") == 0  # goes on, and its copies with it
+    copies = sorted(p.name for p in (place / "toy").iterdir())
+    assert copies == ["step-00000004", "step-00000008"]
+    assert fit(config, "--fresh", "--model.dropout", "0.2", *words, "4") == 2
+    error = capsys.readouterr().err
+    assert "checkpoints.mirror" in error and f"rename {place}/toy" in error and "--run OTHER_NAME" in error
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["toy"]  # nothing was moved aside
+    (tmp_path / "runs" / "toy").rename(tmp_path / "lost")
+    assert fit(config, "--model.dropout", "0.2", *words, "4") == 2
+    (place / "toy").rename(place / "first")
+    assert fit(config, "--model.dropout", "0.2", *words, "4") == 0
+    assert [p.name for p in (place / "toy").iterdir()] == ["step-00000004"]
+
+
+ELASTIC = "TORCHELASTIC_RESTART_COUNT"
+
+
+def test_a_fresh_run_goes_on_when_its_launcher_starts_it_again(config, tmp_path, monkeypatch) -> None:
+    """torchrun --max-restarts gives its workers the same command; 0 is their first start."""
+    for count, steps in (("0", "4"), ("1", "8"), ("2", "12")):
+        monkeypatch.setenv(ELASTIC, count)
+        assert fit(config, "--fresh", "--trainer.max_steps", steps) == 0
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["toy"]
+    starts = json.loads((tmp_path / "runs" / "toy" / "env.json").read_text())["starts"]
+    assert [start["step"] for start in starts] == [0, 4, 8]
+
+
+def test_what_goes_on_after_a_signal_is_told(config, tmp_path, monkeypatch, caplog) -> None:
+    """The command as it was given, but for what it does once."""
+    monkeypatch.setenv("SIGNAL_AT", "1 SIGTERM 0")
+    callbacks = [{"class_path": "signals.SignalAt"}]
+    config.write_text(yaml.safe_dump(CONFIG | {"trainer": CONFIG["trainer"] | {"callbacks": callbacks}}))
+    for words, told in ((["--fresh"], "the same command without --fresh goes on"), ([], "the same command goes on")):
+        assert fit(config, "--run", f"with{len(words)}", *words) == 0
+        assert caplog.records[-1].getMessage().endswith(told)
+
+
 def test_how_a_run_is_watched_may_change(config, tmp_path) -> None:
     assert fit(config, "--trainer.max_steps", "4") == 0
     assert (
@@ -312,6 +353,37 @@ def test_verbs_on_a_run_say_what_is_missing(config, capsys) -> None:
     assert "--run toy" in capsys.readouterr().err
     assert main(["validate", "--run", "toy"]) == 2
     assert "validation_step" in capsys.readouterr().err
+
+
+def test_an_evaluation_tells_what_it_has_otherwise_than_its_run(config, tmp_path, monkeypatch) -> None:
+    told: list[dict] = []
+
+    class Noted(verbs.JsonlLogger):
+        def __init__(self, *args, changes, **options):
+            told.append(changes)
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(verbs, "JsonlLogger", Noted)
+    assert fit(config, "--model.dropout", "0.2") == 0
+    run, file = ["--run", "toy"], ["--config", str(config)]
+    for words in (
+        run,
+        [*run, "--trainer.devices", "1", "--eval.n", "8"],  # where, and of how much: a score's name says that
+        [*run, "--model.dropout", "0.3", "--ema", "0.6"],
+        file,  # the run has another dropout
+        [*file, "--model.dropout", "0.2", "--trainer.limit_val_batches", "2"],
+        [*run, "--eval.networks.classifier", "other"],
+    ):
+        main(["validate", *words])
+    dropout = "model.init_args.dropout"
+    assert told == [
+        {},
+        {},
+        {"--ema": "0.6", dropout: 0.3},
+        {dropout: 0.1},
+        {"trainer.limit_val_batches": 2},
+        {"eval.networks.classifier": "other"},
+    ]
 
 
 def test_a_rehearsal_leaves_no_run(config, tmp_path) -> None:

@@ -22,8 +22,8 @@ from typing import Any
 import lightning as L
 
 from benchmarks.running import isolated
+from callbacks.throughput import UNIT
 from lightning_t2i.cli.configs import merge
-from lightning_t2i.cli.record import UNIT
 from lightning_t2i.cli.session import TRAINER_DEFAULTS, Session, quiet
 from lightning_t2i.forward_units import PredictsUnits, Units, counting_units
 from lightning_t2i.golden import SCENES, methods, overrides

@@ -1,4 +1,4 @@
-"""Merging: theta = theta_0 + sum_i w_i (theta_i - theta_0), of weights in safetensors files, tensor by tensor.
+"""Merging: theta = theta_0 + sum_i w_i (theta_i - theta_0), of weights in safetensors files, piece by piece.
 
     python train.py merge OUT BASE EXPERT EXPERT ... --weights 0.1,0.1,0.2,0.5
     python train.py merge OUT --run NAME --weights ... | --search METHOD
@@ -49,7 +49,7 @@ def merged(base: Tensor, taus: Iterable[tuple[float, Tensor]], float32: bool = T
 
 
 class Expert:
-    """theta_i - theta_0, tensor by tensor, of an expert's folder or a delta's file.
+    """theta_i - theta_0, of an expert's folder or a delta's file.
 
     Args:
         source: the folder or file.

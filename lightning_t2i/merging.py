@@ -5,8 +5,8 @@
 
 An expert is a folder with the networks of BASE (pipelines or single models, of whatever method), or a *delta*: a file
 with theta_i - theta_0 of the denoising network (`save_delta`). The sum is float32; what is written has the precision of
-BASE. Memory is that of a few tensors, whatever the number of experts: files are read in parts, nothing is mapped, and
-while one tensor is summed the next ones are read, once: what they are identified by is hashed on the way.
+BASE. Memory is that of some pieces of a million numbers, whatever the number of experts: nothing is mapped, and while
+one piece is summed the next ones are read, once: what files are identified by is hashed on the way.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def merged(base: Tensor, taus: Iterable[tuple[float, Tensor]], float32: bool = T
 
 
 class Expert:
-    """theta_i - theta_0, of an expert's folder or a delta's file.
+    """theta_i - theta_0 of an expert's folder or a delta's file.
 
     Args:
         source: the folder or file.

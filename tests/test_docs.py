@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -186,12 +187,20 @@ def test_wrong_commands_are_noticed(line: str, session: Session) -> None:
     assert complaint
 
 
+def in_chains(words: list[str]) -> list[list[str]]:
+    """A command, or those of the chain that it runs."""
+    if words[:3] != ["python", "-m", "lightning_t2i.chain"]:
+        return [words]
+    lines = (ROOT / words[3]).read_text(encoding="utf-8").splitlines()
+    return [["python", "train.py", *line.split()] for line in lines if line and not line.startswith("#")]
+
+
 def refused_exports(found: list[list[str]]) -> list[str]:
     """Exports of shipped folders that would stop: the folder is there, or it is gone and the run's config reads it."""
     configs: dict[str, str] = {}
     gone: set[str] = set()
     wrong = []
-    for words in found:
+    for words in chain.from_iterable(map(in_chains, found)):
         if words[:3] == ["python", "train.py", "fit"]:
             configs[words[words.index("--run") + 1]] = words[words.index("--config") + 1]
         elif words[:2] == ["rm", "-r"]:

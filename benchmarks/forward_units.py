@@ -11,7 +11,6 @@ without counting; the time of a step is the median. Each method has a process of
 from __future__ import annotations
 
 import math
-import resource
 import statistics
 import tempfile
 import time
@@ -22,7 +21,7 @@ from typing import Any
 import lightning as L
 
 from benchmarks.running import isolated
-from callbacks.throughput import UNIT
+from callbacks.throughput import resident_peak
 from lightning_t2i.cli.configs import merge
 from lightning_t2i.cli.session import TRAINER_DEFAULTS, Session, quiet
 from lightning_t2i.forward_units import PredictsUnits, Units, counting_units
@@ -108,7 +107,7 @@ def of_method(method: str, quick: bool) -> dict[str, Any] | None:
     watch = Watch(period * math.ceil((2 if quick else 10) / period))
     fit(module, data, watch.counted + 1 + timed, watch)
     units = compared(method, watch.predicted, watch.units)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT / 1e6
+    memory = resident_peak() / 1e6
     seconds, batch = statistics.median(watch.seconds), data.training["main"].batch_size
     speed = [method, batch, seconds, batch * module.common.accumulate / seconds, memory]
     speed += [sum(row[column] for row in units) for column in (2, 3)]

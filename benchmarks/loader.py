@@ -17,7 +17,6 @@ import argparse
 import io
 import json
 import multiprocessing
-import resource
 import statistics
 import tarfile
 import tempfile
@@ -38,6 +37,7 @@ import webdataset
 from PIL import Image
 
 from benchmarks.rendering import tables
+from callbacks.throughput import resident_peak
 from datamodules.buckets import Buckets
 from datamodules.encode import encode
 from datamodules.image_text import ImageText
@@ -213,18 +213,13 @@ def goals(rows: list[list[Any]]) -> list[list[Any]]:
     return [[*row, "yes" if row[3] >= row[4] else "no"] for row in found]
 
 
-def peak() -> float:
-    """GB that this process had in memory at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
 def plan_cost(n: int) -> list[tuple[str, float]]:
     """Seconds and GB to plan an epoch of n rows, and seconds to go to a place of the third, as a resumed run does."""
-    before, start = peak(), time.perf_counter()
+    before, start = resident_peak(), time.perf_counter()
     order = GlobalOrder(n, "sha", 0)
     order.rows(np.arange(1024))
     planned = time.perf_counter()
-    memory = peak() - before
+    memory = (resident_peak() - before) / 1e9
     GlobalOrder(n, "sha", 0).rows(np.arange(2 * n + n // 2, 2 * n + n // 2 + 1024))
     return [("plan, s", planned - start), ("plan, GB", memory), ("seek, s", time.perf_counter() - planned)]
 
@@ -300,7 +295,7 @@ def open_and_seek(folder: str, options: dict[str, Any], epochs: float) -> dict[s
         "all, s": found - start,
         "CPU, s": time.process_time() - busy,
         "held, GB": own[0],
-        "resident, GB": peak(),
+        "resident, GB": resident_peak() / 1e9,
     }
 
 

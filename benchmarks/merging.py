@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.running import isolated
+from callbacks.throughput import resident_peak
 from lightning_t2i.keys import Keys
 from lightning_t2i.merging import merge_folders
 from lightning_t2i.networks.load import build_network, read_architecture
@@ -81,17 +81,12 @@ def disk(files: list[Path], target: Path) -> float:
     return time.perf_counter() - start
 
 
-def peak() -> int:
-    """Most bytes that the process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def merge_alone(out: str, folders: list[str]) -> tuple[float, float]:
     """Seconds of a merge, and the gigabytes that it needed; for a process of its own."""
     base, *experts = map(Path, folders)
-    before, start = peak(), time.perf_counter()
+    before, start = resident_peak(), time.perf_counter()
     merge_folders(Path(out), base, experts, WEIGHTS[: len(experts)])
-    return time.perf_counter() - start, (peak() - before) / 1e9
+    return time.perf_counter() - start, (resident_peak() - before) / 1e9
 
 
 def measure(quick: bool = False) -> dict[str, Any]:

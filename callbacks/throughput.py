@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -24,6 +25,7 @@ from lightning_t2i.errors import UserError
 from lightning_t2i.flops import counting, utilisation
 
 UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, bytes
+STATUS = Path("/proc/self/status")  # Linux
 FETCH = "train_dataloader_next"  # the end of the name under which Lightning profiles the wait for a batch
 
 
@@ -208,4 +210,16 @@ def peak_memory(device: torch.device) -> int:
     """Largest memory in use so far, bytes: allocated on a GPU, resident in the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    return resident_peak()
+
+
+def resident_peak() -> int:
+    """Largest resident memory of this process so far, bytes.
+
+    On Linux ru_maxrss goes on from what the process that started this one held at that time, VmHWM does not.
+    """
+    if STATUS.exists():
+        fields = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+        if "VmHWM" in fields:
+            return int(fields["VmHWM"].split()[0]) * 1024  # kB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT

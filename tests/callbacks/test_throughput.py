@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -174,6 +177,7 @@ def test_speed_and_cost_of_a_run_tell_one_peak(studio, monkeypatch) -> None:
     """As on macOS, where the system tells bytes; what an earlier start of the run took counts for its cost."""
     monkeypatch.setattr("resource.getrusage", lambda _: SimpleNamespace(ru_maxrss=3_000_000_000))
     monkeypatch.setattr("callbacks.throughput.UNIT", 1)
+    monkeypatch.setattr("callbacks.throughput.STATUS", Path("no such file"))
     speed, record = Throughput(ThroughputOptions(every=2, flops=False)), Record(studio.folder, "hash")
     studio.trainer(speed, record, steps=7).fit(studio.Painter(), studio.Easel())
     assert speed.latest["perf/peak_memory_gb"] == 3
@@ -181,6 +185,14 @@ def test_speed_and_cost_of_a_run_tell_one_peak(studio, monkeypatch) -> None:
     again = Record(studio.folder, "hash")
     again.load_state_dict({**record.state_dict(), "peak_memory": 4_000_000_000})
     assert again.peak_memory() == 4_000_000_000
+
+
+def test_peak_is_of_this_process_alone() -> None:
+    """On Linux ru_maxrss of a new process begins with what its parent holds."""
+    held = bytearray(1_500_000_000)
+    command = "from callbacks.throughput import resident_peak; print(resident_peak())"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert 5e7 < int(done.stdout) < len(held)
 
 
 def test_window_of_no_steps_is_refused() -> None:

@@ -18,7 +18,7 @@ scale, own (mean sI of pairs) and other (of the rest). Validation: recalls both 
 
 Deviations: pads are left out of the max where the published weights were trained with zero vectors (`pad`); one
 scale, no label smoothing; all tokens take part (`top_image`, `top_text` keep those that match others best, FILIP 3.2);
-tables of positions decay as matrices do. The sigmoid loss begins with the scale of the other (its paper: 10).
+tables of positions decay as matrices do. The streams of a batch are contrasted together. The sigmoid loss begins with the scale of the other (its paper: 10).
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class Wukong(MethodModule):
         self.smoothing, self.scale, self.lock_projection = smoothing, scale, lock_projection
         self.bias, self.merge_queries = bias if objective == "sigmoid" else None, merge_queries
         self.tower, self.options = tower, towers or paper_update()
-        self.kept: dict[int, Tensor] | None = {} if keep_vectors else None
+        self.kept: dict[tuple[str, int], Tensor] | None = {} if keep_vectors else None
         self.cached = CachedFeatures(self, self.encode, self.loss)
         self.recall = RetrievalRecall()
 
@@ -189,24 +189,25 @@ class Wukong(MethodModule):
         return found
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        main, unlocked = batch["main"], self.tower is not None and self.due("image")
+        unlocked = self.tower is not None and self.due("image")
         if self.tower is not None and self.image.training != unlocked:
             self.image.train(unlocked)
-        start = main.image if unlocked else self.vectors(main)
+        start = torch.cat([r.image if unlocked else self.vectors(r, name) for name, r in batch.items()])
+        texts = [text for records in batch.values() for text in records.caption]
         whole = self.pad == "zero_floor" or self.top_text < 1 or self.trainer.world_size * self.common.accumulate > 1
-        ids = self.tokenize(main.caption, full=whole).to(self.device)
+        ids = self.tokenize(texts, full=whole).to(self.device)
         self.cached.backward(("towers", "image") if unlocked else ("towers",), start, ids)
 
     @torch.no_grad()
-    def vectors(self, records: Records) -> Tensor:
+    def vectors(self, records: Records, stream: str = "main") -> Tensor:
         """The locked tower's outputs [B, n, width]. Kept ones are computed picture by picture, so that their bits do
         not depend on the batch in which a picture first came."""
         if self.kept is None:
             return self.image(records.image)
         for row, id in enumerate(ids := records.id.tolist()):
-            if id not in self.kept:
-                self.kept[id] = self.image(records.image[row : row + 1])[0]
-        return torch.stack([self.kept[id] for id in ids])
+            if (stream, id) not in self.kept:
+                self.kept[stream, id] = self.image(records.image[row : row + 1])[0]
+        return torch.stack([self.kept[stream, id] for id in ids])
 
     def encode(self, start: Tensor, ids: Tensor) -> Features:
         """Features of pictures, or of what the locked tower made of them, and of texts; the tokens that take part."""

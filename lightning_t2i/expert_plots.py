@@ -1,4 +1,4 @@
-"""What experts are like: five pictures of a run with all of its deltas, and their numbers in analysis.json.
+"""What experts are like: six pictures of a run with all of its deltas, and their numbers in analysis.json.
 
 python -m lightning_t2i.expert_plots runs/NAME [--weights 0.1,0.1,0.2,0.5]
 
@@ -6,7 +6,7 @@ gradients   cosine of the mean loss gradients of theta_0 at pairs of times. Two 
             gradients, so that the diagonal of `split` is what noise leaves of 1: the ceiling of what is beside it
 ranges      held-out loss of base, each expert, the merged model, and experts that take turns, on each range
 taus        cosines of the deltas, and their norms
-landscape   held-out loss of one range and of all on theta_0 + a tau_i + b tau_j
+landscape   held-out loss of one range, and of all, on theta_0 + a tau_i + b tau_j
 strength    held-out loss of theta_0 + s sum w tau over s
 """
 
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure  # no pyplot: no global state, no display
 from torch import Tensor
 
 from lightning_t2i.errors import UserError
@@ -135,31 +136,38 @@ def analyse(module: Any, data: Data, weights: Sequence[float], times: int = 12, 
     }
 
 
-def draw(found: dict[str, Any], target: Path) -> None:
-    """Draws the five pictures side by side."""
-    from matplotlib.figure import Figure  # no pyplot: no global state, no display
-
-    figure = Figure(figsize=(23, 4))
-    axes = figure.subplots(1, 5)
-    figure.subplots_adjust(0.03, 0.14, 0.99, 0.88, wspace=0.35)
+def draw(found: dict[str, Any]) -> Figure:
+    """The pictures in two rows of three."""
+    figure = Figure(figsize=(13, 7.5), layout="constrained")
+    axes = figure.subplots(2, 3).flatten()
     span = (found["times"][0], found["times"][-1])
-    losses = np.array(list(found["ranges"].values()))
-    slope = found["landscape"]
-    pictures: list[tuple[str, np.ndarray, dict[str, Any]]] = [
-        ("gradient cosines (independent halves)", np.array(found["gradients"]["split"]),
-         {"extent": (*span, *span[::-1]), "vmin": -1, "vmax": 1, "cmap": "RdBu"}),
-        ("loss over base, % by range", 100 * (losses / losses[0] - 1), {"cmap": "RdBu_r"}),
-        ("cosines of deltas", np.array(found["taus"]["cosines"]), {"vmin": -1, "vmax": 1, "cmap": "RdBu"}),
-        (f"all-range loss, tau {slope['pair'][0]} (down) and {slope['pair'][1]}", np.array(slope["all"]),
-         {"extent": (*SPAN, *SPAN[::-1])}),
+    losses, names = np.array(list(found["ranges"].values())), list(found["ranges"])
+    gains, slope = 100 * (losses / losses[0] - 1), found["landscape"]
+    most, (first, second) = float(np.abs(gains).max()), slope["pair"]
+    cosine: dict[str, Any] = {"vmin": -1, "vmax": 1, "cmap": "RdBu"}
+    half = (SPAN[1] - SPAN[0]) / (len(slope["steps"]) - 1) / 2  # of a cell, whose middle is its point
+    square = {"extent": (SPAN[0] - half, SPAN[1] + half) * 2, "origin": "lower"}
+    pictures: list[tuple[str, str, str, np.ndarray, dict[str, Any]]] = [
+        ("gradient cosines (independent halves)", "time", "time", np.array(found["gradients"]["split"]),
+         {**cosine, "extent": (*span, *span[::-1])}),
+        ("held-out loss against the base, %", "range", "", gains, {"vmin": -most, "vmax": most, "cmap": "RdBu_r"}),
+        ("cosines of deltas", "range", "range", np.array(found["taus"]["cosines"]), cosine),
+        (f"loss of range {first}", f"delta {second}", f"delta {first}", np.array(slope["own"]), square),
+        ("loss of all ranges", f"delta {second}", f"delta {first}", np.array(slope["all"]), square),
     ]  # fmt: skip
-    for axis, (title, values, options) in zip(axes, pictures, strict=False):
-        axis.set_title(title, fontsize=9)
+    for axis, (title, across, down, values, options) in zip(axes, pictures, strict=False):
+        axis.set(title=title, xlabel=across, ylabel=down)
         figure.colorbar(axis.imshow(values, aspect="auto", **options), ax=axis)
-    axes[1].set_yticks(range(len(losses)), list(found["ranges"]), fontsize=7)
-    axes[4].set_title("loss over the strength of the merge", fontsize=9)
-    axes[4].plot(found["strength"]["s"], found["strength"]["loss"], marker="o")
-    figure.savefig(target, dpi=90)
+    for axis, values, limit in ((axes[1], gains, most), (axes[2], pictures[2][3], 1)):
+        axis.set_xticks(range(values.shape[1]))
+        for (row, column), value in np.ndenumerate(values):
+            color = "white" if abs(value) > 0.6 * limit else "black"
+            axis.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=8, color=color)
+    axes[1].set_yticks(range(len(names)), names, fontsize=8)
+    axes[2].set_yticks(range(len(pictures[2][3])))
+    axes[5].set(title="loss of all ranges by strength", xlabel="strength s")
+    axes[5].plot(found["strength"]["s"], found["strength"]["loss"], marker="o")
+    return figure
 
 
 def of_run(run: Path, weights: str | None, batches: int, times: int, points: int) -> Path:
@@ -195,7 +203,7 @@ def of_run(run: Path, weights: str | None, batches: int, times: int, points: int
         pairs = [(records, method.condition(records)) for records in found]
     numbers = analyse(method, pairs, chosen, times, points)
     write_atomically(run / "analysis.json", (json.dumps(numbers, indent=1) + "\n").encode())
-    draw(numbers, run / "analysis.png")
+    draw(numbers).savefig(run / "analysis.png", dpi=90)
     return run / "analysis.png"
 
 

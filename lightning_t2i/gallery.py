@@ -4,7 +4,8 @@
     python -m lightning_t2i.gallery --keep NAME --run FOLDER    keeps the curves of a run that docs/results/curves has
 
 Pictures come from assets/tiny and the first test prompts of the shapes world, with noise of seed 0; curves from the
-series in docs/results/curves, which are those of a run's metrics.jsonl.
+series in docs/results/curves, which are those of a run's metrics.jsonl; what experts are like from the numbers of
+`lightning_t2i.expert_plots` in docs/results/experts.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure  # no pyplot: no global state, no display
 from PIL import Image
 
 from lightning_t2i.claims.training import prompts
+from lightning_t2i.expert_plots import draw
 from lightning_t2i.keys import Keys
 from lightning_t2i.loggers import read_lines
 from lightning_t2i.metrics.assets import SOLVERS, STUDENTS
@@ -31,6 +34,7 @@ from lightning_t2i.report import series
 from lightning_t2i.state_io import write_atomically
 
 IMAGES, SERIES = ROOT / "docs" / "images", ROOT / "docs" / "results" / "curves"
+EXPERTS = ROOT / "docs" / "results" / "experts"
 ROWS, COLUMNS, SIDE = 12, 6, 64  # pictures of a grid, and pixels of one at least
 Panel = tuple[str, dict[str, str]]  # title, and series by their labels
 CURVES: dict[str, list[Panel]] = {
@@ -88,8 +92,6 @@ def student(name: str, rows: int = ROWS) -> Image.Image:
 
 def curves(name: str) -> Image.Image:
     """The series of a training, a panel for each."""
-    from matplotlib.figure import Figure  # no pyplot: no global state, no display
-
     found, panels = json.loads((SERIES / f"{name}.json").read_text(encoding="utf-8")), CURVES[name]
     figure = Figure(figsize=(3.4 * len(panels), 3.0), layout="constrained")
     for number, (title, lines) in enumerate(panels, 1):
@@ -102,6 +104,15 @@ def curves(name: str) -> Image.Image:
         if len(lines) > 1:
             axis.legend(fontsize=7)
     figure.supxlabel("training step", fontsize=9)
+    return rendered(figure)
+
+
+def experts(name: str) -> Image.Image:
+    """What the experts of a run are like, and their merge."""
+    return rendered(draw(json.loads((EXPERTS / f"{name}.json").read_text(encoding="utf-8"))))
+
+
+def rendered(figure: Figure) -> Image.Image:
     stream = io.BytesIO()
     figure.savefig(stream, dpi=90)
     return Image.open(stream)
@@ -124,6 +135,7 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
     "fluid": fluid,
     **{name: partial(student, name) for name in STUDENTS},
     **{f"{name}_curves": partial(curves, name) for name in CURVES},
+    **{f"deme_{base}": partial(experts, base) for base in ("sd", "early")},
 }
 
 

@@ -27,7 +27,11 @@ class ChineseTokenizer:
         from transformers import BertTokenizer
 
         self.length = length
-        self.inner: Any = BertTokenizer.from_pretrained(locate(source), model_max_length=length)
+        # A CLIPModel, which our folders are read as, has no second kind of tokens: stock processors are told so.
+        inputs = ["input_ids", "attention_mask"]
+        self.inner: Any = BertTokenizer.from_pretrained(
+            locate(source), model_max_length=length, model_input_names=inputs
+        )
 
     def __call__(self, texts: Sequence[str], full: bool = False) -> Tensor:
         """Ids int64 [B, L], 0 behind the text; L is that of the longest text, or `length` with `full`."""

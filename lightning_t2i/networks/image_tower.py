@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_t2i.errors import UserError
-from lightning_t2i.networks.load import build_network
+from lightning_t2i.networks.load import build_network, read_json
 
-# Mean and deviation of the pictures in [0, 1] that the towers were trained on.
+# Mean and deviation of the pictures in [0, 1] that the families' towers were trained on.
+Pixels = tuple[tuple[float, ...], tuple[float, ...]]
 CLIP_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 IMAGENET_PIXELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -34,7 +35,7 @@ class ImageTower(nn.Module):
         self,
         backbone: nn.Module,
         tokens: bool,
-        normalise: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+        normalise: Pixels | None = None,
         projection: Tensor | None = None,
     ):
         super().__init__()
@@ -52,21 +53,19 @@ class ImageTower(nn.Module):
         self.projection = projection
 
     @classmethod
-    def build(
-        cls,
-        source: str,
-        tokens: bool,
-        revision: str | None = None,
-        normalise: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
-    ) -> ImageTower:
+    def build(cls, source: str, tokens: bool, revision: str | None = None) -> ImageTower:
         """From a folder or hub id with weights, or from a JSON architecture file. A CLIPModel's text tower is dropped.
+
+        Pictures are normalised as the folder's preprocessor_config.json says, where there is one.
 
         Raises:
             UserError: no such source, or it holds no image tower of a known kind.
         """
         network = build_network(source, revision)
         head = getattr(network, "visual_projection", None)
-        return cls(network, tokens, normalise, None if head is None else head.weight.detach().clone())
+        facts = None if source.endswith(".json") else read_json(source, "preprocessor_config.json", revision)
+        pixels = (tuple(facts["image_mean"]), tuple(facts["image_std"])) if facts else None
+        return cls(network, tokens, pixels, None if head is None else head.weight.detach().clone())
 
     def forward(self, images: Tensor) -> Tensor:
         """Pictures [B, 3, size, size] in [-1, 1] -> [B, n, width], n = 1 for the global vector.

@@ -33,9 +33,9 @@ class Towers(nn.Module):
     @classmethod
     def build(cls, network: str, tokenizer: str | None = None) -> Towers:
         """From a JSON architecture file and a tokenizer folder, or from a CLIPModel folder or hub id that has both."""
-        from transformers import CLIPTokenizer
+        from transformers import AutoTokenizer
 
-        return cls(build_network(network), CLIPTokenizer.from_pretrained(locate(tokenizer or network)))
+        return cls(build_network(network), AutoTokenizer.from_pretrained(locate(tokenizer or network)))
 
     def forward(self, images: Tensor, tokens: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Unit embeddings of pictures and of texts, [B, D] each, and the scale of their logits, a scalar."""

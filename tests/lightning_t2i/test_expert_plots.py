@@ -61,7 +61,7 @@ def test_cosines_and_norms_of_deltas(tmp_path):
 
 
 def test_the_picture_is_drawn(analysed, tmp_path):
-    draw(analysed[1], tmp_path / "analysis.png")
+    draw(analysed[1]).savefig(tmp_path / "analysis.png")
     assert (tmp_path / "analysis.png").stat().st_size > 10_000
 
 

@@ -18,7 +18,8 @@ scale, own (mean sI of pairs) and other (of the rest). Validation: recalls both 
 
 Deviations: pads are left out of the max where the published weights were trained with zero vectors (`pad`); one
 scale, no label smoothing; all tokens take part (`top_image`, `top_text` keep those that match others best, FILIP 3.2);
-tables of positions decay as matrices do. The streams of a batch are contrasted together. The sigmoid loss begins with the scale of the other (its paper: 10).
+tables of positions decay as matrices do. The streams of a batch are contrasted together. The sigmoid loss begins with
+the scale of the other (its paper: 10).
 """
 
 from __future__ import annotations

@@ -149,6 +149,9 @@ def wrong_command(words: list[str], session: Session, made: set[str]) -> str | N
         return None
     if words[:2] == ["python", "-m"]:
         return None if importlib.util.find_spec(words[2]) else f"no module {words[2]}"
+    if words[:2] == ["python", "-c"]:
+        module = re.match(r"from ([\w.]+) import", words[2])
+        return None if module and importlib.util.find_spec(module[1]) else f"no module in {words[2]}"
     if words[:1] == ["python"] and len(words) > 1 and words[1] != "train.py":
         return None if (ROOT / words[1]).is_file() or words[1] in made else f"no file {words[1]}"
     ours = words[1:] if words[:1] == ["./run"] else words[2:] if words[:2] == ["python", "train.py"] else None
@@ -177,11 +180,12 @@ def test_commands_would_start(file: Path, session: Session) -> None:
         "python train.py fit --config configs/quickstart.yaml --trainer.max_step 5",
         "python -m datamodules.pakc a b",
         "python benchmarks/none.py",
+        "python -c 'from lightning_t2i.networks.none import Towers'",
     ],
 )
 def test_wrong_commands_are_noticed(line: str, session: Session) -> None:
     try:
-        complaint = wrong_command(line.split(), session, set())
+        complaint = wrong_command(shlex.split(line), session, set())
     except Exception as error:  # a UserError of train.py's own parser
         complaint = str(error)
     assert complaint

@@ -62,8 +62,9 @@ def test_all_weights_are_small_fp16_safetensors():
         assert dtypes <= {torch.float16, torch.int64}, file
     contents = {f.read_bytes(): f.relative_to(TINY).parts[0] for f in sorted(TINY.rglob("*")) if f.is_file()}
     sizes = [(len(content), folder in MADE) for content, folder in contents.items()]  # copies cost git nothing
-    assert sum(size for size, made in sizes if not made) < 25e6
-    assert sum(size for size, _ in sizes) < 48e6
+    pieces = 21128 * 64 * 2  # the table of the Chinese vocabulary alone
+    assert sum(size for size, made in sizes if not made) < 25e6 + pieces
+    assert sum(size for size, _ in sizes) < 48e6 + pieces
     assert not [f for f in TINY.rglob("*") if f.suffix in {".bin", ".pt", ".ckpt", ".pkl"}]
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.running import quartiles
 from benchmarks.step_overhead import adamw, batches, train
 from callbacks.checkpoints import CheckpointOptions, Checkpoints
 from lightning_t2i.batch import Batch
@@ -80,7 +81,7 @@ def row(form: Form, pairs: int, width: int = WIDTH, layers: int = LAYERS, steps:
         waits.append(pair)
         ratios.append(pair[1] / pair[0])
         lines += background
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if pairs > 1 else ratios * 3
+    low, middle, high = quartiles(ratios)
     seconds = statistics.median(line["checkpoint/seconds"] for line in lines)
     speed = statistics.median(line["checkpoint/mb_per_s"] for line in lines)
     once, later = (statistics.median(w) for w in zip(*waits, strict=True))

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.forward_units import UNITS, compared, fit, prepared, within
+from benchmarks.running import quartiles
 from lightning_modules.dmd import DMD, matching_gradient, matching_loss
 from lightning_t2i.batch import Batch, Cond, Records
 from lightning_t2i.cli.session import quiet
@@ -133,7 +134,7 @@ def result(pairs: int, block: int) -> dict[str, Any]:
         steps.append([version, rows, statistics.median(turns.seconds[version]), *sums, sums[1] / sums[0] - 1, good])
     work = {version: sum(row[5] for row in found if row[5] is not None) for version, found in units.items()}
     ratios = [b / a for a, b in zip(*(turns.seconds[version] for version in VERSIONS), strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+    low, middle, high = quartiles(ratios)
     ours, theirs = steps
     against = [
         ["units counted, predict", theirs[4] / ours[4], None, None, None],

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from benchmarks.running import quartiles
 from lightning_t2i.ema import Averages
 from lightning_t2i.options import EMAOptions
 from lightning_t2i.strategies import shard_network
@@ -95,7 +96,7 @@ def contest(depth: int, options: EMAOptions, turns: int) -> list[Any]:
         taken.append((marks[0], marks[1]))
     taken = taken[1:]  # the first touches new memory
     ratios = [b / a for a, b in taken]
-    low, middle, high = statistics.quantiles(ratios, n=4) if turns > 1 else (ratios[0],) * 3
+    low, middle, high = quartiles(ratios)
     ms = [1000 * statistics.median(values) for values in zip(*taken, strict=True)]
     count, size = len(ours.profiles), sum(w.numel() * w.element_size() for w in weights)
     memory = [_kept([ours.first, *ours.others]) / 1e6, _kept(theirs.averages) / 1e6, theirs.moved / 1e6]

@@ -24,6 +24,7 @@ import lightning as L
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
+from benchmarks.running import quartiles
 from benchmarks.step_overhead import WARM_UP, WIDTH, Ours, Stack, batches, train
 from lightning_t2i.cli.session import quiet
 from lightning_t2i.strategies import FSDP2
@@ -120,7 +121,7 @@ def row(method: type[Ours], depth: int, pairs: int) -> list[Any]:
     cells: list[float] = []
     for kind in (0, 1):
         ratios = [ours[kind] / plain[kind] for ours, plain in found]
-        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+        low, middle, high = quartiles(ratios)
         cells += [middle, low, high]
     ms = [1000 * statistics.median(pair[k][0] for pair in found) for k in (1, 0)]
     return [

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.forward_units import prepared
+from benchmarks.running import quartiles
 from lightning_modules.dmd import DMD
 from lightning_t2i.batch import Cond, Records
 from lightning_t2i.cli.session import quiet
@@ -105,7 +106,7 @@ class Contest:
 
 def middle(values: Sequence[float]) -> list[float]:
     """Median and quartiles of some values."""
-    low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    low, median, high = quartiles(values)
     return [median, low, high]
 
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.rendering import tables
+from benchmarks.running import quartiles
 from callbacks.throughput import Throughput, ThroughputOptions
 from lightning_t2i.batch import Batch, Records
 from lightning_t2i.cli.session import TRAINER_DEFAULTS, quiet
@@ -227,7 +228,7 @@ def row(depth: int, repeats: int, pairs: int, block: int) -> list[float]:
     found = [pair for _ in range(repeats) for pair in compare(depth, pairs, block)]
     ours, bare = (1000 * statistics.median(values) for values in zip(*found, strict=True))
     ratios = [a / b for a, b in found]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else (ratios[0],) * 3
+    low, middle, high = quartiles(ratios)
     return [depth, bare, ours, middle, low, high, 1000 * seconds_of_draws(), len(found)]
 
 

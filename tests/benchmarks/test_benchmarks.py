@@ -7,6 +7,7 @@ import copy
 import torch
 
 from benchmarks import step_overhead
+from benchmarks.running import quartiles
 from lightning_t2i.keys import Keys
 from lightning_t2i.processes import DDPM, Uniform
 
@@ -38,3 +39,8 @@ def test_step_overhead_of_two_pairs() -> None:
     depth, *cells, pairs = found["rows"][0]
     assert (len(found["rows"]), depth, pairs) == (1, 1, 2)
     assert len(cells) + 2 == len(found["columns"]) and all(cell > 0 for cell in cells)
+
+
+def test_quartiles_lie_between_the_values() -> None:
+    assert quartiles([3.0, 1.0]) == (1.5, 2.0, 2.5)
+    assert quartiles([2.0]) == (2.0, 2.0, 2.0)

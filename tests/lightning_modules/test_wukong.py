@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -567,6 +568,18 @@ def test_kept_vectors_are_the_towers_and_are_computed_once(tmp_path, monkeypatch
     found = module.vectors(main)
     monkeypatch.setattr(module, "image", None)
     assert torch.equal(module.vectors(main.slice(1, 3)), found[1:3])
+
+
+def test_streams_of_a_batch_are_contrasted_together(tmp_path, monkeypatch):
+    module, seen = wukong(tmp_path, keep_vectors=True), []
+    monkeypatch.setattr(module, "_trainer", SimpleNamespace(world_size=1))
+    monkeypatch.setattr(module.cached, "backward", lambda names, *given: seen.append(given))
+    first, second = chinese(0, 3), chinese(3, 2)
+    second.id = first.id[:2]  # of another data set
+    Wukong.training_step.__wrapped__(module, {"main": first, "real": second}, 0)
+    (start, ids), texts = seen[0], [*first.caption, *second.caption]
+    torch.testing.assert_close(start, module.image(torch.cat([first.image, second.image])))
+    assert torch.equal(ids, module.tokenize(texts))
 
 
 def test_validation_reports_recalls_of_all_captions(tmp_path):

@@ -190,11 +190,10 @@ def test_speed_and_cost_of_a_run_tell_one_peak(studio, monkeypatch) -> None:
 
 def test_peak_is_of_this_process_alone() -> None:
     """On Linux ru_maxrss of a new process begins with what its parent holds."""
-    held = bytearray(1_500_000_000)
     begin = f"import resource, sys; from pathlib import Path; UNIT, STATUS = {UNIT}, Path({str(STATUS)!r})"
     command = f"{begin}\n{inspect.getsource(resident_peak)}\nprint(resident_peak())"  # torch would take seconds
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
-    assert 5e6 < int(done.stdout) < len(held)
+    assert 5e6 < int(done.stdout) < resident_peak() / 4
 
 
 def test_window_of_no_steps_is_refused() -> None:

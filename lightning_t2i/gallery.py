@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure  # no pyplot: no global state, no display
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lightning_t2i.claims.training import prompts
 from lightning_t2i.expert_plots import draw
@@ -90,6 +90,31 @@ def student(name: str, rows: int = ROWS) -> Image.Image:
     return draw_grid(list(zip(*columns, strict=True)), records.caption or (), titles, SIDE + 32)
 
 
+@torch.no_grad()
+def wukong(rows: int = ROWS, of: int = 500) -> Image.Image:
+    """For short Chinese texts of test scenes the nearest pictures of `of`, the nearest first; their own are framed.
+
+    Beside them stand the same scenes' captions in English, for which there are letters everywhere.
+    """
+    from datamodules.retrieval import RetrievalPairs
+    from lightning_t2i.networks.towers import Towers
+
+    found = []
+    for language, short in (("zh", True), ("en", False)):
+        stream = RetrievalPairs("shapes", "retrieval", of, short, languages=[language], in_memory=True)
+        stream.prepare()
+        stream.setup()
+        stream.begin(0, "retrieval", shuffle=False)
+        found.append(stream.load(range(of), 0))
+    towers = Towers.build(str(resolve("assets/tiny/clip"))).eval()
+    queries, captions = ((records.caption or [])[:rows] for records in found)
+    texts = towers.encode_text(towers.tokenize(queries))
+    nearest = (texts @ towers.encode_image(found[0].image).T).topk(COLUMNS).indices.tolist()
+    pictures = to_pil(found[0].image)
+    framed = [[ImageOps.expand(pictures[k], 2, "red" if k == i else "white") for k in n] for i, n in enumerate(nearest)]
+    return draw_grid(framed, captions, [""] * COLUMNS, SIDE)
+
+
 def curves(name: str) -> Image.Image:
     """The series of a training, a panel for each."""
     found, panels = json.loads((SERIES / f"{name}.json").read_text(encoding="utf-8")), CURVES[name]
@@ -133,6 +158,7 @@ def keep(name: str, run: Path) -> None:
 
 PICTURES: dict[str, Callable[[], Image.Image]] = {
     "fluid": fluid,
+    "wukong": wukong,
     **{name: partial(student, name) for name in STUDENTS},
     **{f"{name}_curves": partial(curves, name) for name in CURVES},
     **{f"deme_{base}": partial(experts, base) for base in ("sd", "early")},

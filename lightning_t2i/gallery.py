@@ -36,6 +36,7 @@ from lightning_t2i.state_io import write_atomically
 IMAGES, SERIES = ROOT / "docs" / "images", ROOT / "docs" / "results" / "curves"
 EXPERTS = ROOT / "docs" / "results" / "experts"
 ROWS, COLUMNS, SIDE = 12, 6, 64  # pictures of a grid, and pixels of one at least
+OF = 500  # test pictures that texts are compared with
 Panel = tuple[str, dict[str, str]]  # title, and series by their labels
 CURVES: dict[str, list[Panel]] = {
     "fluid": [
@@ -91,8 +92,8 @@ def student(name: str, rows: int = ROWS) -> Image.Image:
 
 
 @torch.no_grad()
-def wukong(rows: int = ROWS, of: int = 500) -> Image.Image:
-    """For short Chinese texts of test scenes the nearest pictures of `of`, the nearest first; their own are framed.
+def wukong(rows: int = ROWS) -> Image.Image:
+    """For short Chinese texts of test scenes the nearest of 500 pictures, the nearest first; their own are framed.
 
     Beside them stand the same scenes' captions in English, for which there are letters everywhere.
     """
@@ -101,11 +102,11 @@ def wukong(rows: int = ROWS, of: int = 500) -> Image.Image:
 
     found = []
     for language, short in (("zh", True), ("en", False)):
-        stream = RetrievalPairs("shapes", "retrieval", of, short, languages=[language], in_memory=True)
+        stream = RetrievalPairs("shapes", "retrieval", OF, short, languages=[language], in_memory=True)
         stream.prepare()
         stream.setup()
         stream.begin(0, "retrieval", shuffle=False)
-        found.append(stream.load(range(of), 0))
+        found.append(stream.load(range(OF), 0))
     towers = Towers.build(str(resolve("assets/tiny/clip"))).eval()
     queries, captions = ((records.caption or [])[:rows] for records in found)
     texts = towers.encode_text(towers.tokenize(queries))

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from lightning_t2i import gallery
-from lightning_t2i.gallery import CURVES, IMAGES, PICTURES, SERIES, keep, main, student
+from lightning_t2i.gallery import CURVES, IMAGES, PICTURES, SERIES, keep, main, student, wukong
 from lightning_t2i.paths import ROOT
 
 
@@ -24,6 +24,15 @@ def test_a_student_stands_beside_its_teacher_as_it_is_committed() -> None:
     with Image.open(IMAGES / "dmd.png") as picture:
         found, kept = np.asarray(student("dmd", 12), np.int16), np.asarray(picture, np.int16)
     assert found.shape == kept.shape and np.abs(found - kept).mean() < 1  # of 255: rounding between machines
+
+
+def test_the_picture_that_a_text_describes_is_framed() -> None:
+    """At the places where the committed picture has its frames; the first two rows have theirs first and fourth."""
+    with Image.open(IMAGES / "wukong.png") as picture:
+        kept = np.asarray(picture)
+    found = np.asarray(wukong(2))
+    red = [np.argwhere((rows == (255, 0, 0)).all(-1)) for rows in (found, kept[: len(found)])]
+    assert len(red[0]) and np.array_equal(*red)
 
 
 @pytest.mark.parametrize("name", CURVES)

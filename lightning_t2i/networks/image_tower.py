@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from lightning_t2i.errors import UserError
 from lightning_t2i.networks.load import build_network, read_json
 
-# Mean and deviation of the pictures in [0, 1] that the families' towers were trained on.
-Pixels = tuple[tuple[float, ...], tuple[float, ...]]
+Pixels = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of pictures in [0, 1], by channel
+# Of those that the families' towers were trained on.
 CLIP_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 IMAGENET_PIXELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 

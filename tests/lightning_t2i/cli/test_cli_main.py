@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
+import programs
 import pytest
 
 from lightning_t2i.cli.listing import configs, method_classes, methods, published
@@ -71,3 +73,13 @@ def test_listing_reads_docstrings_and_comments(tmp_path) -> None:
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "methods.md").write_text("| method | paper |\n|---|---|\n| [abc](abc.md) | x |\n")
     assert published(tmp_path) == {"abc"}
+
+
+def test_a_crash_in_machine_code_names_the_python_lines_that_led_there(tmp_path, repo) -> None:
+    crash = ["import ctypes, runpy", "import lightning_t2i.cli.main as cli"]
+    crash += ["def main(): ctypes.string_at(0)", "cli.main = main"]
+    crash += [f"runpy.run_path({str(repo / 'train.py')!r}, run_name='__main__')"]
+    (tmp_path / "crash.py").write_text("\n".join(crash))
+    crashed = programs.run([sys.executable, tmp_path / "crash.py"], cwd=tmp_path)
+    assert crashed.returncode == -11
+    assert "Segmentation fault" in crashed.stderr and "crash.py\", line 3 in main" in crashed.stderr

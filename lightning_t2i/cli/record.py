@@ -18,13 +18,14 @@ from lightning_t2i.state_io import write_atomically
 class Record(L.Callback):
     """Wall time, samples and peak memory of a training; writes `cost.json` when it ends or is interrupted.
 
+    Checkpoints carry these and the run's W&B id.
+
     Args:
         folder: run folder.
-        config_hash: of the run's config; checkpoints carry it and the run's W&B id.
     """
 
-    def __init__(self, folder: Path, config_hash: str):
-        self.folder, self.config_hash = folder, config_hash
+    def __init__(self, folder: Path):
+        self.folder = folder
         self._before, self._peak = 0.0, 0
         self._start: float | None = None  # of the training; a resumed fit may have nothing left to do
         self._device = torch.device("cpu")
@@ -51,7 +52,6 @@ class Record(L.Callback):
         return {
             "seconds": self.seconds,
             "peak_memory": self.peak_memory(),
-            "config_hash": self.config_hash,
             "wandb_id": file.read_text().strip() if file.is_file() else "",
         }
 

@@ -98,7 +98,7 @@ def fit(request: Request) -> int:
         with tempfile.TemporaryDirectory() as temporary:
             return _rehearse(session, config, Path(temporary))
     folder = runs.runs_root() / runs.run_name(request.run, request.configs)
-    trainer = session.build(folder, [], [Record(folder, runs.config_hash(config))])
+    trainer = session.build(folder, [], [Record(folder)])
     fresh = request.fresh and not restarted()
     run = runs.begin(folder, config, fresh)  # everything that can be refused before is built by now
     if request.reset_optimizer and not restarted():
@@ -131,7 +131,7 @@ def _rehearse(session: Session, config: dict[str, Any], folder: Path) -> int:
     """trainer.fast_dev_run: touches no run and leaves nothing; each process has a folder that no other knows of."""
     options = session.config_init.checkpoints
     session.config_init.checkpoints = dataclasses.replace(options, form="single", mirror=None)  # rank 0 writes alone
-    trainer = session.build(folder, [], [Record(folder, runs.config_hash(config))])
+    trainer = session.build(folder, [], [Record(folder)])
     if trainer.is_global_zero:
         print(banner(session, runs.Run(folder), TrackingOptions(wandb="off")), flush=True)
     with told(), session.preemption:

@@ -66,6 +66,8 @@ def shard_network(network: nn.Module, mesh: DeviceMesh, precision: str = "fp32")
     if mesh.size() == 1 and precision == "fp32":
         receive(network, mesh.device_type)
         return
+    if mesh.ndim > 1 and mesh["replicate"].size() == 1:
+        mesh = mesh["shard"]  # over two dimensions DTensor weighs every pair of placements, at each new shape
     policy = root_policy = MixedPrecisionPolicy()
     if precision == "bf16":
         policy = root_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

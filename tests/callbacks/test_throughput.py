@@ -179,11 +179,11 @@ def test_speed_and_cost_of_a_run_tell_one_peak(studio, monkeypatch) -> None:
     monkeypatch.setattr("resource.getrusage", lambda _: SimpleNamespace(ru_maxrss=3_000_000_000))
     monkeypatch.setattr("callbacks.throughput.UNIT", 1)
     monkeypatch.setattr("callbacks.throughput.STATUS", Path("no such file"))
-    speed, record = Throughput(ThroughputOptions(every=2, flops=False)), Record(studio.folder, "hash")
+    speed, record = Throughput(ThroughputOptions(every=2, flops=False)), Record(studio.folder)
     studio.trainer(speed, record, steps=7).fit(studio.Painter(), studio.Easel())
     assert speed.latest["perf/peak_memory_gb"] == 3
     assert json.loads((studio.folder / "cost.json").read_text())["peak_memory_bytes"] == 3_000_000_000
-    again = Record(studio.folder, "hash")
+    again = Record(studio.folder)
     again.load_state_dict({**record.state_dict(), "peak_memory": 4_000_000_000})
     assert again.peak_memory() == 4_000_000_000
 

@@ -82,4 +82,4 @@ def test_a_crash_in_machine_code_names_the_python_lines_that_led_there(tmp_path,
     (tmp_path / "crash.py").write_text("\n".join(crash))
     crashed = programs.run([sys.executable, tmp_path / "crash.py"], cwd=tmp_path)
     assert crashed.returncode == -11
-    assert "Segmentation fault" in crashed.stderr and "crash.py\", line 3 in main" in crashed.stderr
+    assert "Segmentation fault" in crashed.stderr and 'crash.py", line 3 in main' in crashed.stderr

@@ -46,11 +46,12 @@ def twin_outputs(rank: int, replicate: int, shard: int) -> dict:
     with torch.no_grad():
         second, reloaded = group.ema(X), fresh(X)
     sharded = isinstance(group.parameters[0], DTensor) and isinstance(group.network.blocks[0], FSDPModule)
-    return {"first": first, "second": second, "norm": norm, "reloaded": reloaded, "sharded": sharded}
+    found = {"sharded": sharded, "dimensions": group.parameters[0].device_mesh.ndim}
+    return {"first": first, "second": second, "norm": norm, "reloaded": reloaded, **found}
 
 
-@pytest.mark.parametrize("mesh", [(2, 1), (1, 2)], ids=["2x1", "1x2"])
-def test_ema_twin_is_fresh_after_an_update(ranks, mesh):
+@pytest.mark.parametrize(("mesh", "dimensions"), [((2, 1), 2), ((1, 2), 1)], ids=["2x1", "1x2"])
+def test_ema_twin_is_fresh_after_an_update(ranks, mesh, dimensions):
     """With FSDP2's default the second forward would use the weights gathered for the first."""
     plain = Group("net", network(), GroupOptions(adam(0.1), clip=0.01, ema=EMAOptions(0.5, warmup=False)))
     plain.build()
@@ -64,7 +65,7 @@ def test_ema_twin_is_fresh_after_an_update(ranks, mesh):
         second = plain.ema(X)
     assert not torch.allclose(first, second)
     for result in ranks(twin_outputs, *mesh):
-        assert result["sharded"]
+        assert result["sharded"] and result["dimensions"] == dimensions
         torch.testing.assert_close(result["first"], first)
         torch.testing.assert_close(result["second"], second, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(result["second"], result["reloaded"], rtol=1e-6, atol=1e-7)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, interpolate
 from torchmetrics import Metric
 
+from lightning_t2i.networks.image_tower import CLIP_PIXELS, Pixels, read_pixels
 from lightning_t2i.protocols import Embeds
 
 
@@ -65,7 +66,7 @@ class TransformersClip(nn.Module):
         network: CLIPModel, ChineseCLIPModel or another with get_image_features and get_text_features.
         tokenize: texts -> keyword arguments of get_text_features.
         size: height and width of its pictures, pixels.
-        mean, std: per channel, for pictures in [0, 1].
+        pixels: mean and deviation of pictures in [0, 1], by channel.
     """
 
     def __init__(
@@ -73,31 +74,28 @@ class TransformersClip(nn.Module):
         network: nn.Module,
         tokenize: Callable[[list[str]], Any],
         size: int,
-        mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073),
-        std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711),
+        pixels: Pixels = CLIP_PIXELS,
     ):
         super().__init__()
         self.network = network.eval().requires_grad_(False)
         self.tokenize, self.size = tokenize, size
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        for name, values in zip(("mean", "std"), pixels, strict=True):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1))
 
     @classmethod
     def from_pretrained(cls, source: str | Path, revision: str | None = None) -> TransformersClip:
         """Reads a transformers folder or a hub id; the pictures' size, mean and std come from its configs."""
         from transformers import AutoConfig, AutoModel, AutoTokenizer
-        from transformers.image_processing_base import ImageProcessingMixin
 
         config = AutoConfig.from_pretrained(source, revision=revision)
         network = AutoModel.from_pretrained(source, revision=revision, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-        facts, _ = ImageProcessingMixin.get_image_processor_dict(source, revision=revision)
         length = config.text_config.max_position_embeddings
 
         def tokenize(texts: list[str]) -> Any:
             return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
 
-        return cls(network, tokenize, config.vision_config.image_size, facts["image_mean"], facts["image_std"])
+        return cls(network, tokenize, config.vision_config.image_size, read_pixels(source, revision) or CLIP_PIXELS)
 
     def prepare(self, images: Tensor, clamp: bool = True) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> resized (bicubic, short side), centre-cropped and normalised.

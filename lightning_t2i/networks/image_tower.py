@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +14,14 @@ Pixels = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of pi
 # Of those that the families' towers were trained on.
 CLIP_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 IMAGENET_PIXELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def read_pixels(source: str | Path, revision: str | None = None) -> Pixels | None:
+    """What the preprocessor_config.json of a folder or hub repository says; None where there is none, or no mean."""
+    facts = read_json(source, "preprocessor_config.json", revision) or {}
+    if facts.get("do_normalize") is False:
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return (tuple(facts["image_mean"]), tuple(facts["image_std"])) if "image_mean" in facts else None
 
 
 class ImageTower(nn.Module):
@@ -63,8 +72,7 @@ class ImageTower(nn.Module):
         """
         network = build_network(source, revision)
         head = getattr(network, "visual_projection", None)
-        facts = None if source.endswith(".json") else read_json(source, "preprocessor_config.json", revision)
-        pixels = (tuple(facts["image_mean"]), tuple(facts["image_std"])) if facts else None
+        pixels = None if source.endswith(".json") else read_pixels(source, revision)
         return cls(network, tokens, pixels, None if head is None else head.weight.detach().clone())
 
     def forward(self, images: Tensor) -> Tensor:

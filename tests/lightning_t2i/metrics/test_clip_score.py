@@ -89,7 +89,7 @@ def tokenize(texts: list[str]) -> dict[str, Tensor]:
 
 
 def test_adapter_agrees_with_the_network_itself(small_clip: nn.Module) -> None:
-    clip = TransformersClip(small_clip, tokenize, 16, mean=(0.5,) * 3, std=(0.25,) * 3)
+    clip = TransformersClip(small_clip, tokenize, 16, ((0.5,) * 3, (0.25,) * 3))
     images, texts = torch.rand(2, 3, 16, 16) * 2 - 1, ["a red dot", "two"]
     with torch.no_grad():
         out = small_clip(pixel_values=images / 2 / 0.25, **tokenize(texts))
@@ -120,7 +120,7 @@ def test_pictures_are_resized_and_cropped_as_pillow_does(small_clip: nn.Module, 
     image = image.resize((round(shape[1] * scale), round(shape[0] * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - 16) // 2, (image.height - 16) // 2
     expected = torch.from_numpy(np.asarray(image.crop((left, top, left + 16, top + 16))).copy()).permute(2, 0, 1) / 255
-    clip = TransformersClip(small_clip, tokenize, 16, mean=(0.0,) * 3, std=(1.0,) * 3)
+    clip = TransformersClip(small_clip, tokenize, 16, ((0.0,) * 3, (1.0,) * 3))
     prepared = clip.prepare(pixels[None] / 127.5 - 1)[0]
     assert prepared.shape == (3, 16, 16) and torch.allclose(prepared, expected, atol=2 / 255)
 

@@ -30,6 +30,10 @@ def test_mean_and_deviation_are_the_folders_else_the_familys(tmp_path: Path) -> 
     facts = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
     (folder / "preprocessor_config.json").write_text(json.dumps(facts))
     assert ImageTower.build(str(folder), False).normalise == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    (folder / "preprocessor_config.json").write_text(json.dumps(facts | {"do_normalize": False}))
+    assert ImageTower.build(str(folder), False).normalise == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"size": 32}))
+    assert ImageTower.build(str(folder), False).normalise == CLIP_PIXELS
     (folder / "preprocessor_config.json").unlink()
     assert ImageTower.build(str(folder), False).normalise == CLIP_PIXELS
     assert ImageTower.build("configs/networks/tiny_wukong_image.json", False).normalise == CLIP_PIXELS

@@ -164,7 +164,7 @@ def test_test_runs_every_check_even_when_one_fails(clone: Clone) -> None:
         "-m ruff check .",
         "-m ruff format --check .",
         "-m mypy",
-        "-m pytest -n 2 --dist worksteal -k keys",
+        "-m pytest -n 2 --dist worksteal --durations=40 -k keys",
     ]
     assert Path(f"{clone.calls_file}.threads").read_text().splitlines()[-1] == "1"
 

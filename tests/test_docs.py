@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from lightning_t2i.cli.configs import flatten, merge
 from lightning_t2i.cli.listing import methods, methods_table
@@ -279,6 +280,22 @@ def test_a_changed_sample_is_noticed() -> None:
     lines = (ROOT / "train.py").read_text(encoding="utf-8").splitlines(keepends=True)
     assert not differs_from_source(Block("from train.py", "python", lines[2] + "...\n" + lines[-1]))
     assert differs_from_source(Block("from train.py", "python", lines[-1].replace("main", "mian")))
+
+
+def test_stock_pipelines_are_read_in_one_precision() -> None:
+    """Folders are in float16: diffusers makes its networks float32, transformers leaves the text encoder as it is."""
+    pattern = r"StableDiffusionPipeline\.from_pretrained\(.*\)"
+    lines = [line for file in DOCUMENTS for line in re.findall(pattern, file.read_text(encoding="utf-8"))]
+    assert len(lines) >= 5 and [line for line in lines if "dtype=torch.float32" not in line] == []
+
+
+def test_the_stock_pipeline_of_the_readme_draws(tmp_path, monkeypatch) -> None:
+    (sample,) = [b.text for b in blocks((ROOT / "README.md").read_text("utf-8")) if "StableDiffusionPipeline" in b.text]
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(sample, "README.md", "exec"), {})
+    with Image.open("circle.png") as picture:
+        assert picture.size == (32, 32) and len(picture.getcolors(1024) or ()) > 1
 
 
 # ---- the list of methods -------------------------------------------------------------------------------------------

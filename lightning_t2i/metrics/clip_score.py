@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, interpolate
 from torchmetrics import Metric
 
+from lightning_t2i.errors import UserError
 from lightning_t2i.networks.image_tower import CLIP_PIXELS, Pixels, read_pixels
 from lightning_t2i.protocols import Embeds
 
@@ -84,18 +85,25 @@ class TransformersClip(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, revision: str | None = None) -> TransformersClip:
-        """Reads a transformers folder or a hub id; the pictures' size, mean and std come from its configs."""
+        """Reads a transformers folder or a hub id; the pictures' size, mean and std come from its configs.
+
+        Raises:
+            UserError: it does not say how its pictures are normalised.
+        """
         from transformers import AutoConfig, AutoModel, AutoTokenizer
 
         config = AutoConfig.from_pretrained(source, revision=revision)
         network = AutoModel.from_pretrained(source, revision=revision, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        if (pixels := read_pixels(source, revision)) is None:
+            what, fix = "No mean of the pictures is given", "add the preprocessor_config.json that the CLIP came with"
+            raise UserError(what, where=str(source), fix=fix)
         length = config.text_config.max_position_embeddings
 
         def tokenize(texts: list[str]) -> Any:
             return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
 
-        return cls(network, tokenize, config.vision_config.image_size, read_pixels(source, revision) or CLIP_PIXELS)
+        return cls(network, tokenize, config.vision_config.image_size, pixels)
 
     def prepare(self, images: Tensor, clamp: bool = True) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> resized (bicubic, short side), centre-cropped and normalised.

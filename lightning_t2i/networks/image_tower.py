@@ -17,8 +17,9 @@ IMAGENET_PIXELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def read_pixels(source: str | Path, revision: str | None = None) -> Pixels | None:
-    """What the preprocessor_config.json of a folder or hub repository says; None where there is none, or no mean."""
-    facts = read_json(source, "preprocessor_config.json", revision) or {}
+    """What a folder or hub repository says of its pictures, in either file that transformers writes, or None."""
+    facts = (read_json(source, "processor_config.json", revision) or {}).get("image_processor")
+    facts = facts or read_json(source, "preprocessor_config.json", revision) or {}
     if facts.get("do_normalize") is False:
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     return (tuple(facts["image_mean"]), tuple(facts["image_std"])) if "image_mean" in facts else None
@@ -65,7 +66,7 @@ class ImageTower(nn.Module):
     def build(cls, source: str, tokens: bool, revision: str | None = None) -> ImageTower:
         """From a folder or hub id with weights, or from a JSON architecture file. A CLIPModel's text tower is dropped.
 
-        Pictures are normalised as the folder's preprocessor_config.json says, where there is one.
+        Pictures are normalised as the folder says, else as the family's towers were trained.
 
         Raises:
             UserError: no such source, or it holds no image tower of a known kind.

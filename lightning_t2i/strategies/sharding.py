@@ -56,7 +56,7 @@ def shard_network(network: nn.Module, mesh: DeviceMesh, precision: str = "fp32")
 
     Args:
         network: not yet sharded, of the same architecture on all processes.
-        mesh: two dimensions, replicate and shard.
+        mesh: of the dimensions replicate and shard, or of shard alone.
         precision: "bf16" computes in bfloat16 and reduces gradients in float32.
 
     Raises:

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lightning_t2i.batch import Records
+from lightning_t2i.errors import UserError
 from lightning_t2i.metrics.clip_score import ClipScore, TransformersClip
 from lightning_t2i.metrics.scorers import ScorerOptions, build_scorer
 
@@ -150,6 +151,9 @@ def test_folder_gives_network_tokenizer_and_picture_facts(small_clip: nn.Module,
     expected = small_clip.get_text_features(input_ids=ids, attention_mask=mask)
     expected = nn.functional.normalize(getattr(expected, "pooler_output", expected), dim=-1)
     assert torch.allclose(clip.encode_text(["red dot"]), expected, atol=1e-5)
+    (clip_folder / "preprocessor_config.json").write_text(json.dumps({"size": {"shortest_edge": 16}}))
+    with pytest.raises(UserError, match="No mean of the pictures"):
+        TransformersClip.from_pretrained(clip_folder)
 
 
 def test_clip_score_is_built_by_name(clip_folder: Path) -> None:

@@ -34,6 +34,9 @@ def test_mean_and_deviation_are_the_folders_else_the_familys(tmp_path: Path) -> 
     assert ImageTower.build(str(folder), False).normalise == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     (folder / "preprocessor_config.json").write_text(json.dumps({"size": 32}))
     assert ImageTower.build(str(folder), False).normalise == CLIP_PIXELS
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": facts}))
+    assert ImageTower.build(str(folder), False).normalise == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    (folder / "processor_config.json").unlink()
     (folder / "preprocessor_config.json").unlink()
     assert ImageTower.build(str(folder), False).normalise == CLIP_PIXELS
     assert ImageTower.build("configs/networks/tiny_wukong_image.json", False).normalise == CLIP_PIXELS

@@ -1,5 +1,6 @@
 # For GPU nodes: docker build -t lightning-t2i . && docker run --gpus all --ipc=host -v "$PWD/runs:/app/runs" \
-#                    lightning-t2i fit --config configs/quickstart.yaml
+#                    lightning-t2i fit --config configs/quickstart.yaml --config configs/trainer/gpu.yaml --run gpu \
+#                    --trainer.val_check_interval 90   (docs/scaling.md)
 # torch's wheel carries the CUDA libraries; the host gives the driver. Not built or run yet.
 ARG PYTHON=3.12
 FROM python:${PYTHON}-slim

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +96,10 @@ class Checkpoints(L.Callback):
             clean_leftovers(self._snapshots)
             if options.mirror is not None:
                 self._mirror = Mirror(mirror_of(options.mirror, self.folder.parent.name))
-        if options.form == "sharded" and trainer.world_size > 1:
-            self._group = dist.new_group(backend="gloo")
-        self._saving = Saving(options.form, options.asynchronous, leads, self._group, self._done)
+        if trainer.world_size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=getattr(trainer.strategy, "timeout", None))
+        device = trainer.strategy.root_device
+        self._saving = Saving(options.form, options.asynchronous, leads, self._group, self._done, device)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if (best := self.options.best) is not None:
@@ -176,10 +176,13 @@ class Checkpoints(L.Callback):
                 "samples": module.counters.samples,
             }
         if snapshot:
-            tensors = averages(module.groups.values())
-            if trainer.is_global_zero:
-                write = partial(write_snapshot, self._snapshots, step, tensors, self.options.ema.keep)
-                self.saving.background.submit(write)
+            tensors = averages(module.groups.values(), keep=trainer.is_global_zero)
+
+            def write() -> None:
+                if trainer.is_global_zero:
+                    write_snapshot(self._snapshots, step, tensors, self.options.ema.keep)
+
+            self.saving.submit(write)
         self._report(trainer)
 
     def _done(self, path: Path) -> None:

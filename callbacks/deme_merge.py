@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from callbacks.inference import data_name, first_records, log_metrics, undisturbed
+from callbacks.inference import data_name, data_pictures, first_records, log_metrics, undisturbed
 from lightning_t2i.errors import UserError
 from lightning_t2i.held_out import Data, HeldOut
 from lightning_t2i.merge_search import Search, check_grid, search
@@ -161,7 +161,10 @@ class DeMeMerge(L.Callback):
         return "test" if "test" in getattr(trainer.datamodule, "finite", {}) else "val"
 
     def _scorers(self, trainer: L.Trainer, split: str) -> list[Scorer]:
-        return [build_scorer(name, self.options.networks, data_name(trainer, split)) for name in self.options.metrics]
+        return [
+            build_scorer(name, self.options.networks, data_name(trainer, split), data_pictures(trainer, split))
+            for name in self.options.metrics
+        ]
 
     def _report(self, trainer: L.Trainer, module: Any, weights: Sequence[float]) -> dict[str, float]:
         """Loss and metrics of base, merged model and experts that take turns, at noise that no search saw."""

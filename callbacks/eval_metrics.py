@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 
 from callbacks.budget import Budget
-from callbacks.inference import data_name, first_records, log_metrics, undisturbed
+from callbacks.inference import data_name, data_pictures, first_records, log_metrics, undisturbed
 from lightning_t2i.errors import UserError
 from lightning_t2i.metrics.scorers import Scorer, ScorerOptions, build_scorer, check_metrics
 from lightning_t2i.protocols import Generates
@@ -104,8 +104,9 @@ class EvalMetrics(L.Callback):
         start = self.clock()
         with undisturbed(module):
             if self._scorers is None:
-                reference, names = data_name(trainer, split), self.options.metrics
-                self._scorers = [build_scorer(n, self.options.networks, reference).to(module.device) for n in names]
+                pictures = data_name(trainer, split), data_pictures(trainer, split)
+                found = [build_scorer(name, self.options.networks, *pictures) for name in self.options.metrics]
+                self._scorers = [scorer.to(module.device) for scorer in found]
             self._generate(trainer, module, split, self._scorers)
             self.results = {}
             for scorer in self._scorers:

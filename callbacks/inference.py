@@ -14,6 +14,7 @@ import torch
 
 from lightning_t2i.batch import Records
 from lightning_t2i.errors import UserError
+from lightning_t2i.metrics.scorers import pictures_of
 
 log = logging.getLogger(__name__)
 
@@ -118,5 +119,15 @@ def _together(trainer: L.Trainer, count: int) -> int:
 
 def data_name(trainer: L.Trainer, split: str) -> str:
     """What the data of a finite split is called, for instance "shapes-val"."""
-    stream = getattr(getattr(trainer, "datamodule", None), "finite", {}).get(split)
+    stream = _stream(trainer, split)
     return stream.identity["data"].replace("/", "-") if stream is not None else split
+
+
+def data_pictures(trainer: L.Trainer, split: str) -> dict[str, Any]:
+    """What tells the pictures of a finite split from others that are called the same, as far as it is known."""
+    stream = _stream(trainer, split)
+    return pictures_of(stream) if stream is not None else {}
+
+
+def _stream(trainer: L.Trainer, split: str) -> Any:
+    return getattr(getattr(trainer, "datamodule", None), "finite", {}).get(split)

@@ -57,9 +57,10 @@ class Preemption(L.Callback):
     """Stops a training on a signal, at a step boundary, with its state saved by `Checkpoints`.
 
     A context around `trainer.fit`, in which signals are noted; it takes the `Stopped` that comes out, requeues when
-    the loggers are closed, and puts the earlier handlers back. Outside of its context the callback does nothing. A
-    signal in the last training step changes nothing: the training ends by itself. Stands last among the callbacks, so
-    that the others see the end of the step.
+    the loggers are closed, and puts the earlier handlers back. Outside of its context the callback does nothing. What
+    comes after the last training step (comparisons, merges) may take hours and has no boundary: there SIGUSR1 requeues
+    at once, and the resumed job does it again. Stands last among the callbacks, so that the others see the end of the
+    step.
 
     Args:
         options: whether and how often to look.
@@ -77,18 +78,18 @@ class Preemption(L.Callback):
         self.options = options or PreemptionOptions()
         self.noted: signal.Signals | None = None
         self.agreed: signal.Signals | None = None
-        self._held = self.requeues = False
+        self._held = self.requeues = self._ends = False
 
     def __enter__(self) -> Preemption:
         self.noted = self.agreed = None
-        self._held, self.requeues = self.options.enabled, False
+        self._held, self.requeues, self._ends = self.options.enabled, False, False
         if self._held:
             self._handlers = {number: signal.signal(number, self._note) for number in (REQUEUE, STOP)}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> bool:
         if self._held:
-            if self.requeues:
+            if self.requeues and not self._ends:
                 requeue()
             for number, handler in self._handlers.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -98,6 +99,9 @@ class Preemption(L.Callback):
     def _note(self, number: int, frame: Any) -> None:
         if self.noted is None:
             self.noted = signal.Signals(number)
+        if self._ends and number == REQUEUE and not self.requeues:
+            self.requeues = True
+            requeue()
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         if self._held:
@@ -109,13 +113,13 @@ class Preemption(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *unused: Any) -> None:
         counters = pl_module.counters
-        if not self._held or not counters.at_boundary or counters.step % self.options.every:
-            return
-        if 0 < trainer.max_steps <= counters.step:
+        last = 0 < trainer.max_steps <= counters.step
+        if not self._held or not counters.at_boundary or (counters.step % self.options.every and not last):
             return
         self.agreed = self._agree(trainer)
         if self.agreed is not None:
             self._stop(trainer, pl_module)
+        self._ends = last and trainer.is_global_zero and job_id() is not None
 
     def _agree(self, trainer: L.Trainer) -> signal.Signals | None:
         found = RANKING.index(self.noted)

@@ -12,7 +12,7 @@ import lightning as L
 from PIL import Image
 from torch import Tensor
 
-from callbacks.inference import data_name, first_records, log_metrics, undisturbed
+from callbacks.inference import data_name, data_pictures, first_records, log_metrics, undisturbed
 from lightning_t2i.batch import Cond
 from lightning_t2i.errors import UserError
 from lightning_t2i.keys import Keys
@@ -101,8 +101,8 @@ class TeacherComparison(L.Callback):
         if missing := [name for name in needed if not hasattr(pl_module, name)]:
             what, given = "This method cannot be compared with a teacher", f"a method without {', '.join(missing)}"
             raise UserError(what, where="comparison.enabled", given=given, fix="comparison.enabled: false")
-        reference, names = data_name(trainer, "val"), self.options.metrics
-        self._scorers = [build_scorer(name, self.options.networks, reference) for name in names]
+        pictures = data_name(trainer, "val"), data_pictures(trainer, "val")
+        self._scorers = [build_scorer(name, self.options.networks, *pictures) for name in self.options.metrics]
         for records in first_records(trainer, "val", 1, "cpu"):
             for scorer in self._scorers:
                 scorer.feed(records)

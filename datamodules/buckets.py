@@ -146,12 +146,26 @@ class BucketOrder:
 
     def turn(self, k: int) -> tuple[int, int]:
         """Bucket of batch k, and how many batches of that bucket come before it."""
+        epoch, place = self._place(k)
+        buckets, turns = self._plan(epoch)
+        return int(buckets[place]), int(turns[place])
+
+    def ready(self, position: int) -> None:
+        """Plans, for every bucket, the epoch of the batch that is its next one at a position; see `GlobalOrder`."""
+        if not self.shuffle:
+            return
+        epoch, place = self._place(position // self.size)
+        earlier, _ = self._plan(epoch)
+        for bucket, order in self.orders.items():
+            turn = int(self._before(epoch)[bucket]) + int(np.count_nonzero(earlier[:place] == bucket))
+            order.ready(turn * self.size)
+
+    def _place(self, k: int) -> tuple[int, int]:
+        """Epoch of batch k, and its place in that."""
         epoch = k * self.size // int(self.firsts[-1])  # not too late: what is left over delays a batch
         while self._before(epoch + 1).sum() <= k:
             epoch += 1
-        buckets, turns = self._plan(epoch)
-        place = k - int(self._before(epoch).sum())
-        return int(buckets[place]), int(turns[place])
+        return epoch, k - int(self._before(epoch).sum())
 
     def block_rows(self, row: int) -> Iterator[int]:
         """The rows that stand in for a bad one: those of its block, which are of its bucket."""

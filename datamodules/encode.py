@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datamodules.bad_samples import refuse_bad
 from datamodules.caches import Cache, Make, Places, default_device
-from datamodules.open_files import Latest, mapped
+from datamodules.open_files import MAPPED, Latest, mapped
 from datamodules.pictures import BadSample, square, to_images
-from datamodules.records import Shards, data_folder, refuse_bad
+from datamodules.records import Shards, data_folder
 from datamodules.remote import RemoteOptions
 from datamodules.text_cache import STORAGES, TextCache, encode_texts
 from lightning_t2i.errors import UserError
@@ -112,7 +113,7 @@ class Latents:
         self.shape: tuple[int, ...] = tuple(about["shape"])
         self._bad = {int(row): reason for row, reason in about["bad"].items()}
         self._places = Places(shards)
-        self._files = Latest(mapped)
+        self._files = Latest(mapped, MAPPED)
 
     def check(self, row: int) -> None:
         """Raises BadSample if the picture of the row could not be encoded."""

@@ -16,7 +16,7 @@ from datamodules.captioned import Captioned
 from datamodules.encode import Latents, Views, encode
 from datamodules.order import GlobalOrder
 from datamodules.pictures import cut, to_images
-from datamodules.records import Shards, choose_caption, data_folder
+from datamodules.records import Shards, check_shards, choose_caption, data_folder
 from datamodules.remote import RemoteOptions
 from datamodules.text_cache import TextCache
 from lightning_t2i.batch import Records
@@ -101,6 +101,7 @@ class ImageText(Captioned):
 
     def prepare(self) -> None:
         folder = data_folder(self.source)
+        check_shards(folder, self.split)
         if self.latents is not None:
             encode(folder, self.split, self.latents, self.size, views=self.views, remote=self.remote)
         self.make_texts(folder)

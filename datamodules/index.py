@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from datamodules.index_file import FORMAT, Index, index_path
 from datamodules.index_rows import index_shard, is_indexed, part_path
-from datamodules.left_out import LeftOut
+from datamodules.left_out import LeftOut, spelled
 from datamodules.pack_tables import lines_of, read_text
 from datamodules.parallel import each
 from datamodules.remote import Url, filesystem, is_remote
@@ -39,7 +39,7 @@ def find_shards(sources: Sequence[str]) -> list[str]:
     """Tars of folders, of text files that list one a line, and those named themselves, with {000..123} spelled out.
 
     Raises:
-        UserError: there is none, or a folder or file of names is missing.
+        UserError: there is none, or a folder or file of names is missing, or a name is not UTF-8.
     """
     from braceexpand import braceexpand
 
@@ -62,6 +62,8 @@ def find_shards(sources: Sequence[str]) -> list[str]:
                 found += [system.unstrip_protocol(p) for p in listed]
             else:
                 found += sorted(str(p.resolve()) for p in Path(name).glob("*.tar"))
+    if odd := [name for name in found if spelled(name) != name]:
+        raise UserError("Names of tars that are not UTF-8", given=", ".join(map(spelled, odd[:10])), fix="rename them")
     if not found:
         raise UserError("No tars to index", where="URL_OR_FOLDER", given=", ".join(sources))
     return list(dict.fromkeys(found))

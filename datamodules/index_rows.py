@@ -14,7 +14,8 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from datamodules.layouts import Sample, Truncated, open_shard, read_told, samples
+from datamodules.layouts import Sample, Truncated, class_number, open_shard, read_parts, samples, told_in
+from datamodules.left_out import spelled
 from datamodules.remote import RemoteOptions, filesystem, is_remote
 from datamodules.shards import TYPES, picture_size
 from lightning_t2i.errors import UserError
@@ -23,6 +24,7 @@ HEAD = 1 << 16  # bytes of a picture that mostly hold its size
 NAMED = 20  # samples of a shard that are named in the report
 BESIDE = ("_stats.json", ".parquet")  # what img2dataset writes with a shard
 KINDS = {name: kind for name, kind in TYPES.items() if name != "shard"}
+HASHED = ("key", "offset", "size", "json_size", "txt_offset", "txt_size")
 KINDS |= {"txt_offset": pa.int64(), "txt_size": pa.int64(), "caption_length": pa.int32()}
 
 
@@ -52,6 +54,7 @@ def is_indexed(shard: str, out: Path, split: str) -> bool:
 def index_shard(shard: str, out: Path, split: str, language: str, options: RemoteOptions = RemoteOptions()) -> None:
     """Writes the rows of a shard, and a report of what was left out and why, as one file that appears whole."""
     rows: list[dict[str, Any]] = []
+    content: list[list[Any]] = []  # of which the identity is a hash
     report: dict[str, Any] = {"error": None, "skipped": 0, "reasons": {}, "counts": Counter()}
     keys = set[str]()
     made_from = stamp(shard)  # before it is read: a change meanwhile is noticed by the next call
@@ -60,8 +63,9 @@ def index_shard(shard: str, out: Path, split: str, language: str, options: Remot
         stats = known.pop("", {})
         with open_shard(shard, options) as file:
             for sample in samples(file):
+                parts = read_parts(file, sample)
                 try:
-                    row = row_of(sample, file, known.get(sample.key.rsplit("/", 1)[-1], {}), language)
+                    row = row_of(sample, file, parts, known.get(sample.key.rsplit("/", 1)[-1], {}), language)
                     if sample.key in keys:
                         raise ValueError("another sample has this key")
                 except UserError:  # of the network, not of the sample
@@ -70,10 +74,13 @@ def index_shard(shard: str, out: Path, split: str, language: str, options: Remot
                     report["skipped"] += 1
                     report["counts"][str(reason)] += 1
                     if len(report["reasons"]) < NAMED:
-                        report["reasons"][sample.key] = str(reason)
+                        report["reasons"][spelled(sample.key)] = str(reason)
                     continue
                 keys.add(sample.key)
                 rows.append(row)
+                # Padded to blocks, another text lies where the old one lay: the bytes tell them apart, not the places.
+                told = hashlib.sha256(b"".join(data for _, data in sorted(parts.items()))).hexdigest()
+                content.append([*(row[name] for name in HASHED), row.get("label"), told])
         found = len(rows) + report["skipped"]
         if stats.get("successes", found) != found:
             report["error"] = f"its statistics say {stats['successes']} samples, it holds {found}"
@@ -90,8 +97,7 @@ def index_shard(shard: str, out: Path, split: str, language: str, options: Remot
             columns[name] = pa.array([bool(row.get(name)) for row in rows], pa.bool_())
         else:
             columns[name] = pa.array([row.get(name) for row in rows], KINDS.get(name, pa.float64()))
-    content = json.dumps([[row["key"], row["offset"], row["size"], row["json_size"]] for row in rows])
-    report |= {"rows": len(rows), "hash": hashlib.sha256(content.encode()).hexdigest()}
+    report |= {"rows": len(rows), "hash": hashlib.sha256(json.dumps(content).encode()).hexdigest()}
     facts = {b"report": json.dumps(report).encode(), b"stamp": json.dumps(made_from).encode()}
     table = pa.table(columns).replace_schema_metadata(facts)
     path = part_path(out, split, shard)
@@ -100,12 +106,15 @@ def index_shard(shard: str, out: Path, split: str, language: str, options: Remot
     os.replace(temporary, path)
 
 
-def row_of(sample: Sample, data: BinaryIO, known: dict[str, Any], language: str) -> dict[str, Any]:
+def row_of(
+    sample: Sample, data: BinaryIO, parts: dict[str, bytes], known: dict[str, Any], language: str
+) -> dict[str, Any]:
     """The row of a sample.
 
     Args:
         sample: its members.
-        data: the shard, to read JSON, text and the picture's head from.
+        data: the shard, to read the picture's head from.
+        parts: JSON, text and class, see `read_parts`.
         known: what metadata beside the shard says of it.
         language: of captions that do not say theirs.
 
@@ -114,20 +123,23 @@ def row_of(sample: Sample, data: BinaryIO, known: dict[str, Any], language: str)
     """
     if sample.ext is None:
         raise ValueError(f"no picture among its members {', '.join(sorted(sample.members))}")
+    if spelled(sample.key) != sample.key:
+        raise ValueError("its name is not UTF-8")
     row: dict[str, Any] = {"key": sample.key, "ext": sample.ext}
     for name, ext in (("", sample.ext), ("json_", "json"), ("txt_", "txt")):
         row[f"{name}offset"], row[f"{name}size"] = sample.members.get(ext, (0, 0))
-    meta, captions = read_told(data, sample, language, known)
+    meta, captions = told_in(parts, language, known)
     if meta.get("status", "success") != "success":
         raise ValueError(f"status {meta['status']}")
     row |= {f"caption_{spoken}": True for spoken in captions}
     row["caption_length"] = max((len(text) for texts in captions.values() for text in texts), default=0)
     numbers = {n: float(v) for n, v in meta.items() if isinstance(v, bool | int | float)}
-    row |= {n: v for n, v in numbers.items() if n not in row and not n.startswith("caption_")}
-    if not (row.get("width", 0) > 0 and row.get("height", 0) > 0):
-        row["width"], row["height"] = _size(data, row["offset"], row["size"])
-    row |= {"width": int(row["width"]), "height": int(row["height"])}
-    return row
+    numbers.pop("label", None)
+    if (label := class_number(meta.get("label"))) is not None:
+        numbers["label"] = float(label)
+    # Not those of the JSON, which may be of the picture before it was made smaller.
+    row["width"], row["height"] = _size(data, row["offset"], row["size"])
+    return row | {n: v for n, v in numbers.items() if n not in row and not n.startswith("caption_")}
 
 
 def _size(data: BinaryIO, offset: int, size: int) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from datamodules.remote import RemoteOptions, fetch, is_remote
 from lightning_t2i.errors import UserError
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
+MOST_PADDING = 4 << 20  # bytes: more than any tape's record (tar -b); of less it cannot be told what they are
 CHUNK = 8 << 20  # bytes of a remote tar that are read at once; what a larger member has beyond it is skipped
 
 
@@ -24,6 +25,7 @@ class RemoteFile(io.RawIOBase):
     def __init__(self, url: str, options: RemoteOptions):
         self.url, self.options = url, options
         self._at = 0
+        self._end: int | None = None  # a place at which there are no more bytes, once it is known
         self._chunks: list[tuple[int, bytes]] = []  # the last two: a sample is read when the next one's header was
 
     def readable(self) -> bool:
@@ -57,7 +59,11 @@ class RemoteFile(io.RawIOBase):
         for start, data in self._chunks:
             if start <= self._at < start + len(data):
                 return start, data
+        if self._end is not None and self._at >= self._end:
+            return self._at, b""
         (data,) = fetch([(self.url, self._at, self._at + CHUNK)], self.options)
+        if len(data) < CHUNK:
+            self._end = self._at + len(data)
         self._chunks = [*self._chunks[-1:], (self._at, data)]
         return self._at, data
 
@@ -89,7 +95,7 @@ class Sample:
 
 
 class Truncated(Exception):
-    """The tar ends within a member."""
+    """The tar ends within a member, or something else than a member or an end stands where one is due."""
 
 
 def samples(file: BinaryIO) -> Iterator[Sample]:
@@ -113,33 +119,51 @@ def samples(file: BinaryIO) -> Iterator[Sample]:
                         yield sample
                     sample = Sample(key)
                 sample.members[ext.lower()] = (member.offset_data, member.size)
-            file.seek(tar.offset)  # a tar that is cut between two members looks whole but for its end
-            if not file.read(1):
-                raise Truncated("there is no end of the archive")
+            _expect_end(file, tar.offset)
     except tarfile.ReadError as error:
         raise Truncated(str(error)) from error
     if sample is not None:
         yield sample
 
 
-def read_told(
-    file: BinaryIO, sample: Sample, language: str, known: Mapping[str, Any]
+def _expect_end(file: BinaryIO, offset: int) -> None:
+    """Raises where no end of a tar is at `offset`: tarfile takes damaged and cut headers and holes for one.
+
+    An end is two blocks of zeros, and further zeros that fill a record.
+    """
+    end = 2 * tarfile.BLOCKSIZE
+    file.seek(offset)
+    tail = file.read(end + MOST_PADDING)
+    if given := tail.lstrip(b"\0"):
+        raise Truncated(f"what stands at byte {offset + len(tail) - len(given)} is neither a member nor an end")
+    if len(tail) < end:
+        raise Truncated("there is no end of the archive")
+    if len(tail) == end + MOST_PADDING:
+        raise Truncated(f"from byte {offset} on there are zeros, more than an end has")
+
+
+def read_parts(file: BinaryIO, sample: Sample) -> dict[str, bytes]:
+    """Bytes of a sample's members .json, .txt and .cls, by these endings, of those that are there."""
+    parts = {}
+    for ext in sorted({"json", "txt", "cls"} & set(sample.members), key=lambda ext: sample.members[ext]):
+        file.seek(sample.members[ext][0])
+        parts[ext] = file.read(sample.members[ext][1])
+    return parts
+
+
+def told_in(
+    parts: Mapping[str, bytes], language: str, known: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """What a sample's members say beside its picture: fields and captions by language.
 
     Args:
-        file: the tar.
-        sample: its members; .json are fields, .txt is a caption, .cls a label.
+        parts: see `read_parts`; .json are fields, .txt is a caption, .cls a label.
         language: of captions that do not say theirs.
         known: fields from elsewhere, which those of the sample replace.
 
     Raises:
         ValueError: the .json or .cls cannot be understood.
     """
-    parts = {}
-    for ext in sorted({"json", "txt", "cls"} & set(sample.members), key=lambda ext: sample.members[ext]):
-        file.seek(sample.members[ext][0])
-        parts[ext] = file.read(sample.members[ext][1])
     facts = {**known, **(read_json(parts["json"]) if "json" in parts else {})}
     if "cls" in parts:
         if not parts["cls"].strip().isdigit():
@@ -154,10 +178,24 @@ def captions_of(meta: dict[str, Any], text: str | None, language: str) -> dict[s
     by_language = given if isinstance(given, dict) else {language: given}
     found = {}
     for spoken, texts in by_language.items():
-        clean = [str(t).strip() for t in (texts if isinstance(texts, list) else [texts]) if t and str(t).strip()]
+        clean = [c for t in (texts if isinstance(texts, list) else [texts]) if t and (c := cleaned(t))]
         if clean:
-            found[str(spoken)] = clean
+            found[cleaned(spoken)] = clean
     return found
+
+
+def cleaned(text: object) -> str:
+    """A text without space around it, and ? for halves of characters, which JSON can have and no tokenizer takes."""
+    return str(text).encode("utf-8", "replace").decode().strip()
+
+
+def class_number(value: object) -> int | None:
+    """The number of a class; None for what is not a whole number."""
+    try:
+        number = int(value)  # type: ignore[call-overload]  # whatever it is
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return None if isinstance(value, float) and number != value else number
 
 
 def read_json(data: bytes) -> dict[str, Any]:

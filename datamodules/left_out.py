@@ -13,6 +13,11 @@ def listed(names: Sequence[str], most: int = 10, count: int | None = None) -> st
     return f"{count:,}: {', '.join(names[:most])}{rest}"
 
 
+def spelled(name: str) -> str:
+    """A name as it can be written: bytes of a file's or member's name that are no UTF-8 are escaped."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 class LeftOut:
     """Samples that are not in a data set, by reason."""
 
@@ -23,7 +28,7 @@ class LeftOut:
     def add(self, reason: str, names: Sequence[str], count: int | None = None) -> None:
         """Adds samples; `count` where not all are named."""
         if names:
-            self._names.setdefault(reason, []).extend(names)
+            self._names.setdefault(reason, []).extend(map(spelled, names))
             self._counts[reason] = self._counts.get(reason, 0) + (len(names) if count is None else count)
 
     def __len__(self) -> int:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from datamodules.index import find_shards
-from datamodules.layouts import Truncated, open_shard, read_told, samples
+from datamodules.layouts import Truncated, open_shard, read_parts, samples, told_in
+from datamodules.left_out import spelled
 from datamodules.pack import find
 from datamodules.pack_stored import read_bytes, read_stored
 from datamodules.pictures import BadSample
@@ -102,10 +103,10 @@ def _of_tars(shards: Sequence[str], most: int, language: str) -> Opened:
                         file.seek(start)
                         data = file.read(size)
                         try:
-                            facts, captions = read_told(file, sample, language, {})
+                            facts, captions = told_in(read_parts(file, sample), language, {})
                         except ValueError:
                             facts, captions = {}, {}
-                        name = f"{Url(shard).stem}/{sample.key}"
+                        name = spelled(f"{Url(shard).stem}/{sample.key}")
                         yield Seen("", name, captions, facts.get("label"), data, sample.ext or "none")
                 except Truncated as reason:
                     yield Seen("", f"{Url(shard).name}, its end: {reason}", {}, None, b"", "none")

@@ -14,16 +14,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from lightning_t2i.errors import UserError
 
-_EPOCHS_KEPT = 2  # a batch touches at most two
-
 
 class GlobalOrder:
     """Maps positions of the endless sample sequence to rows of an index.
+
+    The plan of one epoch is held, 2 bytes a row: the sequence is read forwards, and a batch that touches two epochs is
+    the last of one.
 
     Args:
         n: rows of the index.
@@ -73,9 +75,17 @@ class GlobalOrder:
         size = min(self.block, self.n - start)
         return (start + (row - start + i) % size for i in range(size))
 
+    def ready(self, position: int) -> None:
+        """Plans the epoch of a position; processes that are then forked share it until they come to the next."""
+        self.row(position)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plans": {}}  # another process makes them sooner than it is sent them
+
     def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Blocks in reading order, where each starts in the shuffled list, and the order within each block."""
         if epoch not in self._plans:
+            self._plans.clear()  # before the next one takes as much
             generator = keyed(f"{self.seed}\0{epoch}\0{self.sha}")
             blocks = -(-self.n // self.block)
             sizes: np.ndarray = np.full(blocks, self.block, dtype=np.int64)
@@ -85,8 +95,6 @@ class GlobalOrder:
             generator.permuted(offsets, axis=1, out=offsets)
             offsets[-1, : sizes[-1]] = generator.permutation(sizes[-1])
             starts = np.cumsum(sizes[order]) - sizes[order]
-            while len(self._plans) >= _EPOCHS_KEPT:
-                del self._plans[min(self._plans)]
             self._plans[epoch] = order, starts, offsets
         return self._plans[epoch]
 

@@ -1,9 +1,9 @@
 """Packs pictures with captions into a data-set folder: `python -m datamodules.pack FOLDER OUT`.
 
 FOLDER holds pictures, or parquet files or tars that hold them, or is one such file. The pictures' own bytes are kept
-(bmp, gif and tiff become png). Samples are written in the order of their hashed keys, so that neighbours in a shard are
-a random sample. The same folder gives the same bytes, and OUT appears whole or not at all; the same command after a
-kill goes on with the shards that are missing.
+(other kinds than jpg, png and webp become png). Samples are written in the order of their hashed keys, so that
+neighbours in a shard are a random sample. The same folder gives the same bytes, and OUT appears whole or not at all;
+the same command after a kill goes on with the shards that are missing.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from datamodules.left_out import LeftOut, listed
+from datamodules.left_out import LeftOut, listed, spelled
 from datamodules.pack_shards import PIECES, Job, Sample, join, make_shards
-from datamodules.pack_sources import PICTURES, Place, Told, add_classes, find_pictures, read_captions
+from datamodules.pack_sources import Place, Told, add_classes, find_pictures, read_captions
 from datamodules.pack_stored import archives, find_stored
-from datamodules.pack_tables import KINDS
+from datamodules.pack_tables import KINDS, tables_in
 from datamodules.shards import TYPES, build, finish
 from lightning_t2i.errors import UserError
 
 SPLIT_NAME = re.compile(r"[A-Za-z0-9_]+")
 KEY_BYTES = 90
-ABSENT = "no picture"
-UNMENTIONED, ARCHIVE = "not in the annotations", "archive beside loose pictures"  # left out without --skip-bad
+ABSENT, UNNAMED = "no picture", "its name is not UTF-8"
+UNMENTIONED, ARCHIVE, LONE = "not in the annotations", "archive beside loose pictures", "text beside no picture"
+HARMLESS = (UNMENTIONED, ARCHIVE, LONE)  # left out without --skip-bad
 SKIP = "mend them, or leave them out with --skip-bad"
 
 
@@ -137,10 +138,11 @@ def find(
     """
     if not folder.exists():
         raise UserError("No such folder", where="FOLDER", given=folder)
-    places = find_pictures(folder) if folder.is_dir() else {}
+    places, texts = find_pictures(folder) if folder.is_dir() else ({}, [])
     left_out, classes = LeftOut(), []
     if places:
         left_out.add(ARCHIVE, [path.relative_to(folder).as_posix() for some in archives(folder) for path in some])
+        left_out.add(LONE, texts if captions is None and not tables_in(folder) else [])
         told = read_captions(folder, places, captions, language)
         if class_folders or class_names is not None:
             classes = add_classes(told, places, class_names, language)
@@ -152,9 +154,11 @@ def find(
                 fix = f"leave {option} out, or unpack them first"
                 raise UserError("Parquet files and tars say themselves what is in them", where=option, fix=fix)
     if not places:
-        allowed = f"{', '.join(PICTURES)}, or .parquet or .tar files that hold pictures"
+        allowed = "jpg, png, webp and all else that Pillow opens, or .parquet or .tar files that hold pictures"
         raise UserError("No pictures in the folder or below it", where="FOLDER", given=folder, allowed=allowed)
     left_out.add(ABSENT, sorted(set(told) - set(places)))
+    left_out.add(UNNAMED, [picture for picture in places if spelled(picture) != picture])
+    places = {picture: place for picture, place in places.items() if spelled(picture) == picture}
     if captions is not None and captions.suffix == ".json":  # which pictures belong to the set is what it says
         left_out.add(UNMENTIONED, [picture for picture in places if picture not in told])
         places = {picture: place for picture, place in places.items() if picture in told}
@@ -164,7 +168,7 @@ def find(
 def choose(found: Plan, folder: Path, language: str, default_caption: str | None, skip_bad: bool) -> None:
     """Leaves out pictures without a caption; errors are those of `pack`."""
     for reason, of in found.left_out.facts.items():
-        if reason not in (UNMENTIONED, ARCHIVE) and not skip_bad:
+        if reason not in HARMLESS and not skip_bad:
             what = "Captions of pictures that are not there" if reason == ABSENT else f"Not to be packed: {reason}"
             raise UserError(what, where=str(folder), given=listed(of["names"]), fix=SKIP)
     silent = [picture for picture, told in found.told.items() if not told.captions]

@@ -29,8 +29,10 @@ from datamodules.pack_sources import Place
 from datamodules.pack_stored import read_bytes, read_stored
 from datamodules.parallel import each
 from datamodules.shards import ShardWriter, shard_name, write_index
+from datamodules.upright import UNDECODED, loaded
 
-KEPT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+# An MPO is a JPEG with further pictures behind it, as phones write them: readers get the first.
+KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 PIECES = ".pieces"
 THREADS = 4  # pictures of a process that are decoded at once
 
@@ -99,15 +101,15 @@ def read_picture(source: Place | bytes) -> tuple[bytes, str] | str:
     try:
         data = source if isinstance(source, bytes) else read_bytes(source)
         with Image.open(io.BytesIO(data)) as image:
-            image.load()
+            picture = loaded(image)
             if image.format in KEPT:
                 return data, KEPT[image.format]
             png = io.BytesIO()
-            image.convert("RGBA" if image.has_transparency_data else "RGB").save(png, "png")
+            picture.convert("RGBA" if picture.has_transparency_data else "RGB").save(png, "png")
             return png.getvalue(), "png"
     except UnidentifiedImageError:
         return "unknown format"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNDECODED as error:
         return str(error)
 
 

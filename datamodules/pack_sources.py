@@ -9,14 +9,17 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from stat import S_ISDIR
 from typing import Any, NamedTuple
 
-from datamodules.layouts import captions_of, read_json
+from PIL import Image
+
+from datamodules.layouts import captions_of, class_number, cleaned, read_json
 from datamodules.left_out import listed
 from datamodules.pack_tables import CAPTION, FILE, lines_of, picture_named, read_text, rows_of, tables_in
 from lightning_t2i.errors import UserError
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+NO_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG"}  # weather, tables and films, whose endings Pillow knows too
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")  # names of files and folders -> splits
 
@@ -32,9 +35,7 @@ class Told:
     def add(self, language: str, texts: Iterable[object]) -> None:
         """Adds captions that are not empty and not known."""
         known = self.captions.setdefault(language, [])
-        known += [
-            text for text in dict.fromkeys(str(t).strip() for t in texts if t is not None) if text and text not in known
-        ]
+        known += [t for t in dict.fromkeys(cleaned(t) for t in texts if t is not None) if t and t not in known]
         if not known:
             del self.captions[language]
 
@@ -54,7 +55,7 @@ class Told:
             else:
                 continue
             for spoken, texts in by_language.items():
-                self.add(spoken, texts if isinstance(texts, list) else [texts])
+                self.add(cleaned(spoken), texts if isinstance(texts, list) else [texts])
 
 
 class Place(NamedTuple):
@@ -67,11 +68,30 @@ class Place(NamedTuple):
     group: int = -1  # row group; -1 elsewhere
 
 
-def find_pictures(folder: Path) -> dict[str, Place]:
-    """Pictures under a folder by their sorted paths relative to it; hidden files and folders are left out."""
-    found = ((path.relative_to(folder), path) for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+def picture_endings() -> set[str]:
+    """Endings of the files that are taken for pictures: all that Pillow opens, and those that a plugin of it would."""
+    known = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN.keys() - NO_PICTURES}
+    return known | {".heic", ".heif"}
+
+
+def find_pictures(folder: Path) -> tuple[dict[str, Place], list[str]]:
+    """Pictures under a folder, and each .txt that lies beside none, by their sorted paths relative to it.
+
+    Hidden files and folders are left out.
+    """
+    pictures = picture_endings()
+    endings = {*pictures, ".txt"}
+    found = ((path.relative_to(folder), path) for path in folder.rglob("*") if path.suffix.lower() in endings)
     names = sorted((p.as_posix(), path) for p, path in found if not any(part.startswith(".") for part in p.parts))
-    return {name: Place(str(path), (facts := path.stat()).st_mtime_ns, 0, facts.st_size) for name, path in names}
+    places, texts = {}, dict[str, str]()
+    for name, path in names:
+        facts = path.stat()
+        if path.suffix.lower() not in pictures:
+            texts[name.rpartition(".")[0]] = name
+        elif not S_ISDIR(facts.st_mode):
+            places[name] = Place(str(path), facts.st_mtime_ns, 0, facts.st_size)
+    beside = {name.rpartition(".")[0] for name in places}
+    return places, [name for stem, name in texts.items() if stem not in beside]
 
 
 def read_captions(folder: Path, pictures: Iterable[str], table: Path | None, language: str) -> dict[str, Told]:
@@ -134,10 +154,10 @@ def _beside(folder: Path, pictures: Iterable[str], language: str) -> Iterator[tu
 
 
 def label_of(value: Any, where: str) -> int:
-    try:
-        return int(value)
-    except (TypeError, ValueError) as error:
-        raise UserError("A label is the number of a class", where=where, given=value) from error
+    label = class_number(value)
+    if label is None:
+        raise UserError("A label is the number of a class", where=where, given=value)
+    return label
 
 
 def split_named(name: str) -> str | None:

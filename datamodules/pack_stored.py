@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datamodules.index_rows import beside
-from datamodules.layouts import Truncated, open_shard, read_told, samples
+from datamodules.layouts import Truncated, open_shard, read_parts, samples, told_in
 from datamodules.left_out import LeftOut
 from datamodules.pack_sources import Place, Told, add_splits, split_named
 from datamodules.pack_tables import CAPTION, open_parquet, plain
@@ -160,7 +160,7 @@ def _from_tar(found: Stored, path: Path, stem: str, language: str) -> None:
                     continue
                 beside_it = known.get(sample.key.rsplit("/", 1)[-1], {})
                 try:
-                    facts, captions = read_told(file, sample, language, beside_it)
+                    facts, captions = told_in(read_parts(file, sample), language, beside_it)
                 except ValueError:
                     found.left_out.add("its .json or .cls cannot be read", [name])
                     continue

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from datamodules.pair_shards import FORMAT, refuse_stale
-from datamodules.records import Shards, Stream
+from datamodules.records import Shards, Stream, check_shards
 from lightning_t2i.batch import Records
 from lightning_t2i.errors import UserError
 from lightning_t2i.pairs import LAW, noise_checksum, teacher_identity
@@ -86,6 +86,7 @@ class Pairs(Stream):
 
     def prepare(self) -> None:
         self._open()
+        check_shards(resolve(self.source), self.split)
         if self.verify:
             shards = Shards(resolve(self.source), self.split)
             for path in shards.index.shards:
@@ -97,7 +98,7 @@ class Pairs(Stream):
         if hasattr(self, "shards"):
             return
         about = self._open()
-        shards = Shards(resolve(self.source), self.split, limit=self.limit)
+        shards = Shards(resolve(self.source), self.split, limit=self.limit, lanes=self.lanes)
         self.shape, self.kind = tuple(about["shape"]), about["parameters"]["x0"]
         seeds, numbers = shards.index["noise_seed"], shards.index["shard"]
         for number, path in enumerate(shards.index.shards):

@@ -9,34 +9,36 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from datamodules.upright import UNDECODED, loaded
+
 
 class BadSample(Exception):
     """A sample whose bytes cannot be turned into a picture and its captions; the message says why."""
 
 
 def decode(data: bytes, size: int | None = None) -> Image.Image:
-    """The picture in RGB; transparent pixels become white.
+    """The picture in RGB, upright as its EXIF says; transparent pixels become white.
 
     Args:
         data: an encoded picture.
         size: the shorter side that is needed, see `datamodules.records.Shards.picture`.
 
     Raises:
-        BadSample: it cannot be decoded to its end.
+        BadSample: it cannot be decoded to its end, or has numbers of no known range.
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        opened = Image.open(io.BytesIO(data))
         if size is not None:
-            image.draft("RGB", (2 * size, 2 * size))
-        image.load()
+            opened.draft("RGB", (2 * size, 2 * size))
+        image = loaded(opened)
+        if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image if image.mode == "RGB" else image.convert("RGB")
     except UnidentifiedImageError as error:
         raise BadSample("picture: unknown format") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise
+    except UNDECODED as error:
         raise BadSample(f"picture: {error}") from error
-    if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def cut(image: Image.Image, size: tuple[int, int], where: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:

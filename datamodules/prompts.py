@@ -15,7 +15,7 @@ from torch import Tensor
 
 from datamodules.captioned import Captioned
 from datamodules.pack_tables import lines_of, read_text
-from datamodules.records import BadSample, Shards, choose_caption, data_folder, sample_id
+from datamodules.records import BadSample, Shards, check_shards, choose_caption, data_folder, sample_id
 from datamodules.remote import RemoteOptions
 from datamodules.text_cache import TextCache
 from lightning_t2i.batch import Records
@@ -162,7 +162,9 @@ class Prompts(Captioned):
 
     def prepare(self) -> None:
         if not self._is_file:
-            self.make_texts(data_folder(self.source))
+            folder = data_folder(self.source)
+            check_shards(folder, self.split)
+            self.make_texts(folder)
 
     def setup(self) -> None:
         if hasattr(self, "prompts"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,12 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from datamodules.bad_samples import Reads
 from datamodules.buckets import BucketOrder, Buckets
 from datamodules.extents import EVERYTHING, Extents
 from datamodules.filters import Where, chosen_rows
 from datamodules.index_file import Index
 from datamodules.layouts import captions_of, read_json
-from datamodules.open_files import Latest, Readable
+from datamodules.open_files import Latest, Readable, check_shard, files_for
 from datamodules.order import GlobalOrder, finite_batches
 from datamodules.pictures import BadSample, decode
 from datamodules.remote import RemoteOptions, Url
@@ -31,7 +31,6 @@ from lightning_t2i.errors import UserError
 from lightning_t2i.keys import Keys
 from lightning_t2i.paths import resolve
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -42,7 +41,7 @@ class Stream(ABC):
         batch_size: samples of one micro-batch over all ranks.
         lanes, block: see `datamodules.order.GlobalOrder`.
         max_bad_fraction: bad samples that are replaced before it is an error, as a share of the data set.
-        bad: the bad samples met so far, name -> reason.
+        reads: what was read so far and what of it was bad, as far as `report` was told.
     """
 
     batch_size: int
@@ -74,8 +73,7 @@ class Stream(ABC):
         """Fixes the order and the draws; two streams of one data set differ by their names."""
         self.order = self.make_order(json.dumps(self.identity, sort_keys=True), f"{seed}/{name}", shuffle)
         self.keys = Keys(seed).fork(f"data/{name}")
-        self.bad: dict[str, str] = {}
-        self._fresh: dict[str, str] = {}
+        self.reads, self._fresh = Reads(), Reads()
 
     def make_order(self, sha: str, seed: str, shuffle: bool) -> GlobalOrder | BucketOrder:
         """The order of the rows."""
@@ -96,42 +94,36 @@ class Stream(ABC):
         Raises:
             UserError: every row of the block is bad.
         """
+        met: dict[str, str] = {}
         for candidate in self.order.block_rows(row):
             try:
-                return candidate, read(candidate)
+                found = candidate, read(candidate)
             except BadSample as reason:
-                self._fresh[name(candidate)] = str(reason)
-        raise UserError("Every sample of a block is bad", where=name(row), given=self._fresh[name(row)])
+                met[name(candidate)] = str(reason)
+                continue
+            self._fresh.read, self._fresh.replaced = self._fresh.read + 1, self._fresh.replaced + bool(met)
+            self._fresh.name(met)
+            return found
+        raise UserError("Every sample of a block is bad", where=name(row), given=met[name(row)])
 
-    def take_fresh(self) -> dict[str, str]:
-        """Bad samples met since the last call; how a worker reports to the main process."""
-        fresh, self._fresh = self._fresh, {}
+    @property
+    def bad(self) -> dict[str, str]:
+        """The bad samples met so far, name -> reason; the first `datamodules.bad_samples.NAMED`."""
+        return self.reads.bad
+
+    def take_fresh(self) -> Reads:
+        """What was read since the last call; how a worker reports to the main process."""
+        fresh, self._fresh = self._fresh, Reads()
         return fresh
 
-    def report(self, fresh: dict[str, str]) -> None:
-        """Adds bad samples to `bad`, names new ones in the log and holds the limit.
+    def report(self, fresh: Reads) -> None:
+        """Adds to `reads`, names new bad samples in the log and holds the limit.
 
         Raises:
             UserError: more than `max_bad_fraction` of the data set is bad.
         """
-        for name, reason in fresh.items():
-            if name not in self.bad:
-                log.warning("bad sample %s replaced: %s", name, reason)
-        self.bad.update(fresh)
-        refuse_bad(self.bad, len(self), self.max_bad_fraction)
-
-
-def refuse_bad(bad: dict[str, str], count: int, share: float) -> None:
-    """Raises a UserError where more than a share of `count` samples is bad; `bad` is name -> reason."""
-    if len(bad) > share * count:
-        name, reason = next(iter(bad.items()))
-        raise UserError(
-            f"Too many bad samples; the first is {name}: {reason}",
-            where="max_bad_fraction",
-            given=f"{len(bad)} bad of {count}",
-            allowed=f"at most {share:g} of the samples",
-            fix="repair the data set, or raise max_bad_fraction",
-        )
+        self.reads.add(fresh)
+        self.reads.refuse_more(len(self), self.max_bad_fraction, self.block)
 
 
 def sample_id(data_set: str, split: str, key: str) -> int:
@@ -180,6 +172,34 @@ def data_folder(source: str | Path) -> Path:
     return worlds.ensure(str(source))
 
 
+def _about(folder: Path, split: str) -> dict[str, Any]:
+    """`dataset.json` of a folder that has the split."""
+    facts = folder / "dataset.json"
+    if not facts.is_file():
+        raise UserError(
+            "Not a data-set folder: it has no dataset.json",
+            where="source",
+            given=folder,
+            fix=f"pack a folder of pictures with: python -m datamodules.pack {folder}",
+        )
+    about = json.loads(facts.read_text())
+    if split not in about["splits"]:
+        raise UserError("The data set has no such split", where="split", given=split, allowed=about["splits"])
+    return about
+
+
+def check_shards(folder: Path, split: str) -> None:
+    """Looks at each local shard of a split, once a node and before the training, to spare a shared disk.
+
+    Raises:
+        UserError: no such folder or split, or a shard is missing or empty.
+    """
+    _about(folder, split)
+    for path in Index.load(folder, split).shards:
+        if not isinstance(path, Url):  # whether that is there is found when it is read
+            check_shard(path)
+
+
 class Shards:
     """A split of a data-set folder, read sample by sample without unpacking: one `pread` at the indexed offset.
 
@@ -190,12 +210,12 @@ class Shards:
         limit: keep only the first so many of them.
         where: filters on the index, see `datamodules.filters.passing`.
         remote: how shards behind URLs are read.
-        lanes, block: of the order in which samples are read, which remote reads follow.
+        lanes, block: of the order in which samples are read: so many files stay open, and remote reads follow it.
         buckets: sizes of pictures; the rows of a bucket then lie side by side.
         parts: members that are read, see `datamodules.extents.Extents`.
 
     Raises:
-        UserError: no such folder or split, a local shard is missing or empty, or no sample is left.
+        UserError: no such folder or split, or no sample is left; as it is read, that a shard is missing or empty.
     """
 
     def __init__(
@@ -211,31 +231,13 @@ class Shards:
         buckets: Buckets | None = None,
         parts: Sequence[str] = EVERYTHING,
     ):
-        facts = folder / "dataset.json"
-        if not facts.is_file():
-            raise UserError(
-                "Not a data-set folder: it has no dataset.json",
-                where="source",
-                given=folder,
-                fix=f"pack a folder of pictures with: python -m datamodules.pack {folder}",
-            )
-        about = json.loads(facts.read_text())
-        if split not in about["splits"]:
-            raise UserError("The data set has no such split", where="split", given=split, allowed=about["splits"])
-        self.folder, self.split, self.name = folder, split, about["name"]
+        self.folder, self.split, self.name = folder, split, _about(folder, split)["name"]
         self.index = Index.load(folder, split)
-        for path in self.index.shards:
-            if isinstance(path, Url):  # whether it is there is found when it is read
-                continue
-            if not path.is_file() or path.stat().st_size == 0:
-                state = "empty" if path.is_file() else "missing"
-                fix = "copy the shard again, or write the data set anew"
-                raise UserError(f"A shard named by the index is {state}", where=str(folder), given=path, fix=fix)
         self.rows = chosen_rows(self.index, languages, where, limit, buckets)
         if len(self.rows) == 0:
             given = f"split={split}, languages={languages}, where={dict(where or {})}"
             raise UserError("No sample is left", where=str(folder), given=given)
-        self._files = Latest(Readable)
+        self._files = Latest(Readable, files_for(lanes))
         remotely = any(isinstance(path, Url) for path in self.index.shards)
         self.extents = Extents(self.index, self.rows, remote, lanes, block, parts) if remotely else None
 
@@ -269,8 +271,9 @@ class Shards:
         if language is None:
             return meta
         text = self._read(row, "txt_offset", "txt_size").decode("utf-8", "replace")
+        meta = {name: value for name, value in meta.items() if name != "label"}  # the index has those that are numbers
         if "label" in self.index.columns and not np.isnan(label := self.index["label"][self.rows[row]]):
-            meta = {**meta, "label": int(label)}  # of a .cls, or of metadata beside the shard
+            meta = {**meta, "label": int(label)}  # of the JSON, a .cls, or metadata beside the shard
         return {**meta, "caption": captions_of(meta, text, language)}
 
     def ahead(self, rows: Sequence[int]) -> None:

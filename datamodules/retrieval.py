@@ -59,7 +59,7 @@ class RetrievalDataModule(Streams):
         batch_size: pictures of one micro-batch over all ranks.
         val_batch_size: pictures of a batch of validation and test.
         splits: names of the three splits.
-        options: of `RetrievalPairs`, for all three.
+        options: of `RetrievalPairs`, for all three; validation and test cut the centre and mirror nothing.
         seed, accumulate, workers: see `Streams`.
     """
 
@@ -78,7 +78,9 @@ class RetrievalDataModule(Streams):
         given = dict(options or {})
         if isinstance(given.get("remote"), dict):  # as a config says it
             given["remote"] = RemoteOptions(**given["remote"])
+        plain = {**given, "crop": "centre", "crops": None, "flip": False}
         main, val, test = (
-            RetrievalPairs(source, split, size, **given) for split, size in zip(splits, sizes, strict=True)
+            RetrievalPairs(source, split, size, **own)
+            for split, size, own in zip(splits, sizes, (given, plain, plain), strict=True)
         )
         super().__init__(main, val=val, test=test, seed=seed, accumulate=accumulate, workers=workers)

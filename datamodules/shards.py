@@ -20,9 +20,10 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from datamodules.index_file import FORMAT, Index, index_path
+from datamodules.upright import UNDECODED, upright_size
 from lightning_t2i.errors import UserError
 
 BLOCK = 512  # tar pads every member to blocks
@@ -32,11 +33,11 @@ TYPES |= {"json_size": pa.int64(), "key": pa.string(), "ext": pa.string(), "widt
 
 
 def picture_size(data: bytes) -> tuple[int, int]:
-    """Width and height from a picture's header; (0, 0) when no decoder knows it."""
+    """Width and height from a picture's header, of the upright picture; (0, 0) when no decoder knows it."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return image.size
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return upright_size(image)
+    except UNDECODED:
         return 0, 0
 
 
@@ -101,7 +102,7 @@ class ShardWriter:
             UserError: the key is taken or cannot be a member's name.
         """
         self._take(key)
-        text = json.dumps(meta, ensure_ascii=False, separators=(",", ":")).encode()
+        text = json.dumps(meta, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")  # half characters
         width, height = picture_size(image)
         row = {
             "offset": self._member(f"{key}.{ext}", image),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from datamodules.bad_samples import Reads
 from datamodules.captioned import refuse_other_encoders
 from datamodules.order import batch_positions
 from datamodules.records import Stream
@@ -29,12 +30,12 @@ SMALL = 1 << 16
 
 
 class _Loads(Dataset):
-    """Batch number -> (records, bad samples met meanwhile); what DataLoader's workers run."""
+    """Batch number -> (records, what was read for them); what DataLoader's workers run."""
 
     def __init__(self, stream: Stream, positions: Callable[[int], Any]):
         self.stream, self.positions = stream, positions
 
-    def __getitem__(self, k: int) -> tuple[Records, dict[str, str]]:
+    def __getitem__(self, k: int) -> tuple[Records, Reads]:
         records = self.stream.load(self.positions(k), k)
         if get_worker_info() is not None:
             records = map_values(records, lambda _, x: x.numpy() if x.nbytes <= SMALL else x)
@@ -81,9 +82,10 @@ class StreamLoader:
         workers: int = 0,
         pin: bool = False,
     ):
-        self.streams, self.pin = streams, pin
+        self.streams, self.start, self.pin = streams, start, pin
         self.length: int | None = None
         self.loaders: dict[str, DataLoader] = {}
+        self.loads: dict[str, _Loads] = {}
         for name, stream in streams.items():
             positions: Callable[[int], Any] = partial(batch_positions, size=stream.batch_size, rank=rank, world=world)
             if finite:
@@ -91,8 +93,9 @@ class StreamLoader:
                 self.length, positions = len(passes), passes.__getitem__
             else:
                 positions(0)  # refuses a size that does not divide, before any worker
+            self.loads[name] = _Loads(stream, positions)
             self.loaders[name] = DataLoader(
-                _Loads(stream, positions),
+                self.loads[name],
                 sampler=_From(partial(start, name), self.length),
                 batch_size=None,
                 collate_fn=_unchanged,
@@ -109,7 +112,11 @@ class StreamLoader:
         return self.length
 
     def __iter__(self) -> Iterator[Batch]:
-        iterators = {name: iter(loader) for name, loader in self.loaders.items()}
+        iterators = {}
+        for name, loader in self.loaders.items():
+            if loader.num_workers and self.length is None:  # they are forked now and share what is planned before
+                self.streams[name].order.ready(int(self.loads[name].positions(self.start(name))[0]))
+            iterators[name] = iter(loader)
         while True:
             batch: Batch = {}
             for name, iterator in iterators.items():

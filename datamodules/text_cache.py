@@ -27,12 +27,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from datamodules.caches import Cache, Make, Places
 from datamodules.filters import speaking
+from datamodules.open_files import MAPPED, Latest, mapped_tensors
 from datamodules.pictures import BadSample
 from datamodules.records import Shards, captions_in
 from datamodules.remote import RemoteOptions
@@ -44,6 +44,7 @@ from lightning_t2i.paths import resolve
 
 FORMAT = 1
 STORAGES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+AHEAD = 256  # rows whose captions are fetched at once, where shards are remote
 FP8_MAX = 448.0  # the largest number of e4m3
 
 
@@ -119,18 +120,11 @@ class CachedTexts:
     def __init__(self, shards: Shards, options: TextCache, languages: Sequence[str]):
         cache = text_cache(shards, options, languages)
         self.about, self.options = cache.about(), options
-        self._files = [cache.folder / name for name in cache.names]
+        self._names = [cache.folder / name for name in cache.names]
         self._places = Places(shards)
-        self._open: dict[int, dict[str, Tensor]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # a mapped tensor would be pickled whole
-
-    def _shard(self, shard: int) -> dict[str, Tensor]:
-        if shard not in self._open:
-            with safe_open(self._files[shard], "pt") as file:
-                self._open[shard] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        return self._open[shard]
+        self._files = Latest(mapped_tensors, MAPPED)
+        first = self._files(self._names[0])  # the empty caption is in each; a mapped tensor would be pickled whole
+        self._null = {name: first[name].clone() for name in ("null", "null_pooled") if name in first}
 
     def __call__(self, rows: Sequence[int], draws: Sequence[float]) -> Cond:
         """Float32 conditions of one caption of each row, padded with zeros; null values are those of the whole cache.
@@ -141,27 +135,27 @@ class CachedTexts:
         """
         _, shards, places = self._places(rows)
         found = [self._caption(*one) for one in zip(shards.tolist(), places.tolist(), draws, strict=True)]
-        masks, known = self.about["masks"], self._shard(int(shards[0]))
+        masks = self.about["masks"]
         length = max(len(tokens) for tokens, _ in found) if masks and self.options.trim else self.about["tokens"]
-        embeds = torch.zeros(len(found), length, known["tokens"].shape[1])
+        embeds = torch.zeros(len(found), length, self._null["null"].shape[1])
         for row, (tokens, _) in zip(embeds, found, strict=True):
             row[: len(tokens)] = tokens
         null = torch.zeros(length, embeds.shape[2])
-        shown = known["null"][:length]
+        shown = self._null["null"][:length]
         null[: len(shown)] = shown
         counts, place = torch.tensor([len(tokens) for tokens, _ in found]), torch.arange(length)
         return Cond(
             embeds=embeds,
             mask=place < counts[:, None] if masks else None,
-            pooled=torch.stack([pooled for _, pooled in found]) if "pooled" in known else None,
+            pooled=torch.stack([pooled for _, pooled in found]) if "null_pooled" in self._null else None,
             null_embeds=null,
             null_mask=place < len(shown) if masks else None,
-            null_pooled=known.get("null_pooled"),
+            null_pooled=self._null.get("null_pooled"),
         )
 
     def _caption(self, shard: int, sample: int, u: float) -> tuple[Tensor, Any]:
         """States [n, D] and pooled output [P], or None, of one caption of a sample."""
-        file = self._shard(shard)
+        file = self._files(self._names[shard])
         first, end = file["first"][sample : sample + 2].tolist()
         number = int(file["caption"][first + int(u * (end - first))])
         start, stop = file["start"][number : number + 2].tolist()
@@ -215,7 +209,7 @@ def encode_texts(
 
         def make(rows: np.ndarray, path: Path) -> dict[str, Any]:
             numbers: dict[str, int] = {}
-            captions = [_captions(shards, row, languages) for row in rows.tolist()]
+            captions = _captions(shards, rows, languages)
             chosen = [numbers.setdefault(text, len(numbers)) for texts in captions for text in texts]
             tensors, error = _encoded(encoder, list(numbers), options.storage, batch_size)
             tensors["caption"] = torch.tensor(chosen, dtype=torch.int64)
@@ -231,12 +225,18 @@ def encode_texts(
     return cache.folder
 
 
-def _captions(shards: Shards, row: int, languages: Sequence[str]) -> list[str]:
-    try:
-        shards.ahead([row])
-        return captions_in(shards.meta(row), languages)
-    except BadSample:  # which the stream replaces
-        return []
+def _captions(shards: Shards, rows: np.ndarray, languages: Sequence[str]) -> list[list[str]]:
+    """The captions of each row; none of a bad sample, which the stream replaces."""
+    found = []
+    for first in range(0, len(rows), AHEAD):
+        some = rows[first : first + AHEAD].tolist()
+        shards.ahead(some)
+        for row in some:
+            try:
+                found.append(captions_in(shards.meta(row), languages))
+            except BadSample:
+                found.append([])
+    return found
 
 
 def _starts(sizes: Sequence[int]) -> Tensor:

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from lightning_t2i.batch import Batch, Cond, Records
-from lightning_t2i.distillation import Pipeline
+from lightning_t2i.distillation import Pipeline, refuse_size
 from lightning_t2i.errors import UserError
 from lightning_t2i.frozen import folder_identity
 from lightning_t2i.keys import Keys
@@ -187,6 +187,16 @@ class DeMe(RangeExperts):
             add_projections(target.backbone, self.projection.blocks)
             self.add_frozen("target", target, self.identity)
         self.add_group("student", student, self.options)
+
+    def on_fit_start(self) -> None:
+        """Refuses pictures of another size than the network's, too."""
+        super().on_fit_start()
+        refuse_size(getattr(self.trainer.datamodule, "training", {}).get("main"), self.codec, self.shape)
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        names = ("p_global", "draw", "antithetic", "lambda_cons", "ema_refresh", "null_probability")
+        return {name: getattr(self, name) for name in names}
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         if self.counters.micro == 0:

@@ -56,7 +56,6 @@ from lightning_t2i.schedules import Stepwise, Warmup, value_at, values_of
 Form: TypeAlias = Literal["dmd", "dmd_eq8", "sigma_over_alpha", "sigma3_over_alpha", "none"]
 LEVELS = 1000  # of the Karras grid that stands for EDM's times
 SMALLEST = 1e-5  # of w
-RESIZE = 224  # side to which LPIPS resizes the small pictures of pixel-space models
 
 
 def residual(x: Tensor, real: Tensor) -> Tensor:
@@ -106,7 +105,8 @@ class DMD(MethodModule):
     Args:
         teacher: pipeline folder or hub id; without an autoencoder in it x is a picture.
         revision: commit of a hub id.
-        guidance: scale of the real estimate's guidance, 1 is none; that of the pairs should be the same.
+        guidance: scale of the real estimate's guidance, 1 is none; that of the pairs is the same, where x is drawn to
+            them.
         matching_weight: a; 0 is the ablation without distribution matching, which needs no fake network.
         dm_weight: form of g.
         t_min, t_max: range of the matching's times, as shares of T; both ends are included.
@@ -173,8 +173,7 @@ class DMD(MethodModule):
         if pipeline.text is not None:
             self.add_frozen("text", pipeline.text, pipeline.identity, dtype)
         if self.regression_weight and self.regression_metric != "l2":
-            resize = None if pipeline.codec.vae else RESIZE
-            metric = picture_distance(self.regression_metric, self.metric_weights, resize)
+            metric = picture_distance(self.regression_metric, self.metric_weights, pipeline.codec)
             self.add_frozen("metric", metric, metric.identity)
         self.add_group("student", student, self.options["student"], student.owns)
         if self.matching_weight:
@@ -185,11 +184,12 @@ class DMD(MethodModule):
         return [pipeline.trainable(self.gradient_checkpointing) for _ in range(2)]
 
     def on_fit_start(self) -> None:
-        """Refuses pairs that are missing or do not fit the teacher."""
+        """Refuses pairs that are missing, or do not fit the teacher or the guidance."""
         assert not any(p.requires_grad for p in self.teacher.parameters()), "the teacher must stay frozen"
         if self.regression_weight or self.match_pairs:
-            streams = self.trainer.datamodule.training
-            refuse_foreign_pairs(streams.get("pairs"), Teacher(self.source, revision=self.revision).recipe, self.shape)
+            streams, recipe = self.trainer.datamodule.training, Teacher(self.source, revision=self.revision).recipe
+            guidance = self.guidance if self.regression_weight else None  # else no term sees what became of z_ref
+            refuse_foreign_pairs(streams.get("pairs"), recipe, self.shape, guidance)
             self.pairs_per_sample = streams["pairs"].batch_size / streams["main"].batch_size
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:

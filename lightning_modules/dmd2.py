@@ -24,6 +24,7 @@ its first half is needed. The ablation with the discriminator alone is not here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -33,13 +34,15 @@ from torch.nn.functional import softplus
 
 from lightning_modules.dmd import DMD, denoising_loss, matching_loss, paper_update
 from lightning_t2i.batch import Batch, Cond, Records
-from lightning_t2i.distillation import Pipeline
+from lightning_t2i.distillation import Pipeline, refuse_time
 from lightning_t2i.errors import UserError
 from lightning_t2i.keys import Keys
 from lightning_t2i.networks.adapters import roles
+from lightning_t2i.networks.build import ATTENTION
 from lightning_t2i.networks.denoiser import Denoiser, Predictor
 from lightning_t2i.networks.discriminator import Discriminator, middle
 from lightning_t2i.options import GroupOptions
+from lightning_t2i.processes import EDM
 from lightning_t2i.schedules import Stepwise, value_at, values_of
 from lightning_t2i.strategies.fsdp2 import mesh_of
 from lightning_t2i.strategies.sharding import unsharded
@@ -57,10 +60,11 @@ class DMD2(DMD):
         backward_simulation: x' as above; else it is a real picture.
         student_from: pipeline folder or hub id whose weights the student begins with; null is the teacher.
         gan_weight: b, which may change on the way: {0: 0, 40000: 0.001}. While it is 0 the discriminator
-            rests, and real pictures are not looked at.
+            rests, and real pictures are no more than checked.
         discriminator_weight: d.
         discriminator: how the weights of the head are updated.
         lora_rank: rank of the adapters; null trains whole networks.
+        lora_alpha, lora_targets: factor alpha / rank, where null is 1, and layers of the adapters.
         base_precision: precision of the backbone under the adapters.
         options: DMD's, but for those of its regression.
     """
@@ -75,6 +79,8 @@ class DMD2(DMD):
         discriminator_weight: float = 0.01,
         discriminator: GroupOptions | None = None,
         lora_rank: int | None = None,
+        lora_alpha: float | None = None,
+        lora_targets: Sequence[str] = ATTENTION,
         base_precision: Literal["fp32", "bf16"] = "fp32",
         **options: Any,
     ):
@@ -99,11 +105,15 @@ class DMD2(DMD):
         self.steps = len(self.student_times)
         self.student_from, self.gan_weight, self.discriminator_weight = student_from, gan_weight, discriminator_weight
         self.options["discriminator"] = discriminator or paper_update()
-        self.lora_rank, self.base_precision = lora_rank, base_precision
+        self.lora_rank, self.lora_alpha, self.lora_targets = lora_rank, lora_alpha, lora_targets
+        self.base_precision = base_precision
         self.reals_per_sample = 1.0  # rows of `real` for each of `main`, once training begins
 
     def configure_model(self) -> None:
         super().configure_model()
+        for t in self.student_times:
+            if t or isinstance(self.process, EDM):  # there is noise at DDPM's time 0, and none at EDM's
+                refuse_time(self.process, t, "model.student_times")
         if self.has_discriminator:
             self.layer, channels, side = middle(self.teacher)
             self.add_group("discriminator", Discriminator(channels, side), self.options["discriminator"])
@@ -117,7 +127,10 @@ class DMD2(DMD):
         if mesh_of(self) is not None:
             raise UserError("Adapters of one backbone are not sharded", where="trainer.strategy", fix="strategy: auto")
         dtype = torch.bfloat16 if self.base_precision == "bf16" else None
-        networks = roles(pipeline.denoiser, ("student", "fake"), self.lora_rank, dtype, self.gradient_checkpointing)
+        networks = roles(
+            pipeline.denoiser, ("student", "fake"), self.lora_rank, dtype, self.gradient_checkpointing,
+            self.lora_alpha, self.lora_targets,
+        )  # fmt: skip
         pipeline.denoiser = networks[0]
         return networks[1:]
 
@@ -138,8 +151,29 @@ class DMD2(DMD):
                 allowed = f"{streams['main'].batch_size}, as data.main has"
                 raise UserError(what, where="data.real.batch_size", given=given, allowed=allowed)
 
+    def refuse_reals(self, reals: Records) -> None:
+        """Refuses real records that do not go with the samples.
+
+        Raises:
+            UserError: latents of another shape, or no captions or labels where the teacher is asked with them.
+        """
+        if reals.latent is not None:
+            shape = tuple(reals.latent.shape[1:])
+        else:
+            assert reals.image is not None
+            shape = self.codec.latent_shape((reals.image.shape[-2], reals.image.shape[-1]))
+        if shape != self.shape:
+            what, allowed = "Real pictures have another size than samples", f"latents of {self.shape}"
+            raise UserError(what, where="data.real", given=f"latents of {shape}", allowed=allowed)
+        if reals.cond is None and self.pipeline.text is not None and reals.caption is None:
+            raise UserError("Real pictures of a teacher with text need captions", where="data.real")
+        if reals.cond is None and self.classes and reals.label is None:
+            raise UserError("Real pictures of a class-conditional teacher need labels", where="data.real")
+
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         due, reals, gan_weight = self.due("student"), batch.get("real"), value_at(self.gan_weight, self.counters.step)
+        if self.needs_reals:  # also while the discriminator rests: what it will stumble over is told now
+            self.refuse_reals(batch["real"])
         z, cond, places = self.inputs(batch["main"])
         with torch.set_grad_enabled(due):
             x_i, t, cond = self.student_input(z, cond, places, reals)
@@ -207,8 +241,6 @@ class DMD2(DMD):
 
     def guidance_loss(self, x: Tensor, cond: Cond | None, places: Tensor, reals: Records) -> Tensor:
         """L_fake of samples x [B, C, h, w] without gradient and of real records: a scalar."""
-        if self.classes and reals.label is None:
-            raise UserError("Real pictures of a class-conditional teacher need labels", where="data.real")
         x_t, eps, t = self.noised(x, places, "fake")
         real_t, _, real_times = self.noised(self.codec.latents(reals), reals.position, "real")
         both = cond.cat(self.condition(reals)) if cond is not None else None

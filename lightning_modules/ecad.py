@@ -36,7 +36,7 @@ from torch import Tensor
 from lightning_t2i.batch import Batch, Cond, Records
 from lightning_t2i.caching import Cost, Executor, Schedule
 from lightning_t2i.caching.archive import chosen
-from lightning_t2i.caching.calibration import Calibration, Sampler, Uses, refuse_uneven
+from lightning_t2i.caching.calibration import Calibration, Sampler, Uses, finite, refuse_shares, refuse_uneven
 from lightning_t2i.caching.comparison import compared, held_out
 from lightning_t2i.caching.executor import Kind
 from lightning_t2i.caching.front import write_front, write_picks, write_plots
@@ -139,25 +139,33 @@ class ECAD(MethodModule):
         """Hooks the network and counts it, once; a search that was loaded is there then."""
         if not hasattr(self, "progress"):
             self.executor = Executor(self.denoiser.backbone, self.sampler.times, self.kind)
-            tokens, rows = self.encode([""]).embeds.shape[1], 1 if self.guidance == 1 else 2
-            cost = Cost.of(self.denoiser.backbone, self.sampler.shape, tokens, rows)
-            self.progress = Progress(cost, self.steps, self.options, self.common.seed)
+            self.progress = Progress(self.counted(), self.steps, self.options, self.common.seed)
             if self._saved is not None:
                 self.progress.load(self._saved)
         return self
 
+    def counted(self) -> Cost:
+        """What the network costs for a picture."""
+        tokens, rows = self.encode([""]).embeds.shape[1], 1 if self.guidance == 1 else 2
+        return Cost.of(self.denoiser.backbone, self.sampler.shape, tokens, rows)
+
+    def kept_bytes(self) -> int:
+        """Bytes of a micro-batch's kept values, under the schedule that keeps most."""
+        return self.micro_batch * self.counted().most_bytes
+
+    def check_batch(self, samples: int, batch: int, world: int) -> None:
+        """Refuses a batch that is not every prompt with every seed, or leaves a process without pictures."""
+        refuse_shares(samples, self.seeds, batch, self.micro_batch, world)
+
     def on_fit_start(self) -> None:
-        """Reads all prompts on every process, and refuses a batch that is not every prompt with every seed."""
+        """Reads all prompts on every process."""
         stream, places = self.trainer.datamodule.training["main"], (self.trainer.global_rank, self.trainer.world_size)
-        if stream.batch_size != len(stream) * self.seeds:
-            what, given = "A generation makes every prompt with every seed", f"batch_size {stream.batch_size}"
-            allowed = f"{len(stream)} prompts x {self.seeds} seeds = {len(stream) * self.seeds}; `limit` cuts prompts"
-            raise UserError(what, where="data.main.batch_size", given=given, allowed=allowed)
+        self.check_batch(len(stream), stream.batch_size, places[1])
+        refuse_uneven(self, stream.batch_size, self.micro_batch, places[1], self.options.race)
         self.records = stream.fetch(np.arange(len(stream)), torch.arange(len(stream))).to(self.device)
         self.reward.setup(self.device)
         self.places = places
         self.open().calibration = self.calibrated(range(self.seeds))
-        refuse_uneven(self.denoiser, self.calibration, self.micro_batch, places[1], self.options.race)
 
     def calibrated(self, seeds: range) -> Calibration:
         """This process's share of the prompts with some seeds."""
@@ -187,7 +195,8 @@ class ECAD(MethodModule):
         """Scores [k, n] of all pictures of all processes, ordered by (prompt id, seed); 0 outside of `jobs`."""
         how = sampler or self.sampler, self.reward, executor or self.executor
         mine = self.calibration.scores(*how, schedules, jobs)
-        return self.gathered(mine.to(self.device)).view(-1, *mine.shape).sum(0).cpu().numpy()
+        every = self.gathered(mine.to(self.device)).view(-1, *mine.shape).sum(0)
+        return finite(every.cpu().numpy(), self.reward)
 
     def tell(self, objectives: np.ndarray) -> None:
         """Gives the search F [k, 2] of the candidates that it asked for."""
@@ -205,10 +214,8 @@ class ECAD(MethodModule):
         identity = {"network": self.source, "identity": self.frozen_identities["denoiser"], "made_for": self.made_for()}
         return self.open().progress.found(**identity)
 
-    def on_train_end(self) -> None:
+    def finish(self) -> None:
         """Evaluates the front and what it is compared with on fresh seeds, and draws the plots."""
-        if not 0 < self.trainer.max_steps <= self.trainer.global_step:
-            return
         self.calibration = self.calibrated(range(self.seeds, 2 * self.seeds))
         found = compared(self, self.found())
         self.calibration = self.calibrated(range(self.seeds))
@@ -273,10 +280,13 @@ class ECAD(MethodModule):
                 "text_length": self.text_length, "process": repr(self.process)}  # fmt: skip
 
     def export(self, folder: Path, batches: Iterable[Batch]) -> None:
-        """Writes the stock pipeline, which nothing has changed, front.json and the picks of the front beside it."""
+        """Writes the stock pipeline in fp16, front.json and the picks of the front beside it.
+
+        Its networks are those that were given. Its scheduler is that of `to_scheduler` for the search's solver.
+        """
         found = self.found()
         self.executor.detach()  # a copy of the network is written
-        save_pipeline(folder, self.denoiser, self.codec, self.text)
+        save_pipeline(folder, self.denoiser, self.codec, self.text, solver=self.solver)
         write_front(folder, found)
         write_picks(folder, found)
         self.executor.attach()

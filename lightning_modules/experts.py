@@ -55,6 +55,11 @@ class Recipe:
     batch_size: int = 128
     rate: float = 0.1
 
+    def __post_init__(self) -> None:
+        for name in ("count", "epochs", "batch_size"):
+            if (given := getattr(self, name)) < 1:
+                raise UserError("Must be at least 1", where=f"model.recipe.{name}", given=given)
+
     def steps(self, pairs: int) -> int:
         """Batches of an epoch."""
         return max(1, pairs // min(self.batch_size, pairs))
@@ -206,6 +211,10 @@ class Experts(MethodModule):
         self.add_group("heads", Tensors(image=initial[0], text=initial[1]), self.options)
 
     def on_fit_start(self) -> None:
+        """Refuses more processes than experts; reads or makes the features of the pairs."""
+        if self.trainer.world_size > self.recipe.count:
+            given, fix = f"{self.recipe.count} experts on {self.trainer.world_size} processes", "more experts"
+            raise UserError("A process has no expert", where="model.count", given=given, fix=fix)
         identities = [self.frozen_identities[name] for name in ("image", "text")]
         stream = self.trainer.datamodule.training["main"]
         features = PairFeatures.of(stream, (self.image, self.text), identities, self.device)
@@ -218,9 +227,6 @@ class Experts(MethodModule):
             self.snapshot(step // self.course.epoch_steps)
         world = self.trainer.world_size
         own = range(self.global_rank, self.recipe.count, world)
-        if not own:
-            fix = f"{self.recipe.count} processes at most"
-            raise UserError("A process has no expert", where="model.count", given=self.recipe.count, fix=fix)
         image, text = self.heads()
         losses = self.course.losses(step, own, (image[own.start :: world], text[own.start :: world]))
         # The sum over experts, of which each has its own weights; the engine takes the mean over processes.
@@ -235,11 +241,9 @@ class Experts(MethodModule):
             (self.folder / PARTS).mkdir(parents=True, exist_ok=True)
             save_file(found, self.folder / PARTS / f"epoch-{epoch:04d}.safetensors")
 
-    def on_train_end(self) -> None:
-        """Joins the snapshots once the training is over."""
+    def finish(self) -> None:
+        """Joins the snapshots."""
         steps = self.counters.step * self.common.accumulate
-        if self.trainer.global_step < self.trainer.max_steps:
-            return
         if steps % self.course.epoch_steps == 0:
             self.snapshot(steps // self.course.epoch_steps)
         if self.global_rank == 0:

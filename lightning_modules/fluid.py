@@ -79,7 +79,8 @@ class Fluid(MethodModule):
             hub id with a trained one, to go on from.
         codec: folder or hub id of the autoencoder: a VQModel where `head` is "categorical".
         text: folder or hub id of a pipeline with the text encoder.
-        revision: commit of the hub ids.
+        revision: commit of the hub id of `network`.
+        codec_revision, text_revision: commits of those of `codec` and `text`.
         order: the order in which tokens are predicted.
         head: what a token's distribution is; "regression" has none, for comparison.
         head_options: further arguments of the head (lightning_t2i/networks/token_heads.py) of a new network.
@@ -105,6 +106,8 @@ class Fluid(MethodModule):
         codec: str,
         text: str,
         revision: str | None = None,
+        codec_revision: str | None = None,
+        text_revision: str | None = None,
         order: Literal["random", "raster"] = "random",
         head: Literal["diffusion", "flow", "categorical", "regression"] = "diffusion",
         head_options: dict[str, Any] | None = None,
@@ -128,7 +131,11 @@ class Fluid(MethodModule):
             raise UserError(
                 "Counts begin at 1", where="model.copies, val_copies, patch", given=(copies, val_copies, patch)
             )
-        self.network, self.codec_source, self.text_source, self.revision = network, codec, text, revision
+        if revision is not None and network.endswith(".json"):
+            what, fix = "An architecture file has no revision", "codec_revision and text_revision, for these two"
+            raise UserError(what, where="model.revision", given=revision, fix=fix)
+        self.network, self.codec_source, self.text_source = network, codec, text
+        self.revision, self.codec_revision, self.text_revision = revision, codec_revision, text_revision
         self.order, self.head, self.head_options = order, head, head_options or {}
         self.size, self.patch = size, patch
         self.text_length, self.trim, self.mask = text_length, trim, mask or MaskLaw()
@@ -138,17 +145,17 @@ class Fluid(MethodModule):
         self.means: dict[str, BinnedMean] = {}
 
     def configure_model(self) -> None:
-        codec = LatentCodec.from_pretrained(self.codec_source, revision=self.revision)
+        codec = LatentCodec.from_pretrained(self.codec_source, revision=self.codec_revision)
         text = TextEncoder.from_pretrained(
-            self.text_source, revision=self.revision, t5_length=self.text_length, trim=self.trim
+            self.text_source, revision=self.text_revision, t5_length=self.text_length, trim=self.trim
         )
         network = self.built(codec, text.width)
         self.sampling.refuse_unfit(network)
         if self.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         dtype = torch.bfloat16 if self.common.precision == "bf16" else None
-        self.add_frozen("codec", codec, folder_identity(resolve(self.codec_source), self.revision))
-        self.add_frozen("text", text, folder_identity(resolve(self.text_source), self.revision), dtype)
+        self.add_frozen("codec", codec, folder_identity(resolve(self.codec_source), self.codec_revision))
+        self.add_frozen("text", text, folder_identity(resolve(self.text_source), self.text_revision), dtype)
         self.add_group("transformer", network, self.options)
 
     def built(self, codec: LatentCodec, text_width: int) -> TokenTransformer:

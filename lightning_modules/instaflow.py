@@ -59,7 +59,6 @@ from lightning_t2i.processes.weights import squares
 from lightning_t2i.schedules import Warmup
 
 Init = Literal["converted", "raw", "negated"]
-RESIZE = 224  # side to which LPIPS resizes the small pictures of pixel-space models
 
 
 def paper_update() -> GroupOptions:
@@ -158,10 +157,7 @@ class InstaFlow(FlowStudent):
         """Refuses pairs that are missing, or those of another teacher or scale."""
         recipe = Teacher(self.source, revision=self.revision).recipe
         pairs = self.trainer.datamodule.training.get("main")
-        found = refuse_foreign_pairs(pairs, recipe, self.shape, "data.main")
-        if found["guidance"] != self.guidance:
-            what = "The pairs were sampled at another guidance"
-            raise UserError(what, where="model.guidance", given=self.guidance, allowed=str(found["guidance"]))
+        refuse_foreign_pairs(pairs, recipe, self.shape, self.guidance, "data.main")
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         at = self.points(batch["main"], self.keys)
@@ -197,7 +193,7 @@ class InstaFlow(FlowStudent):
 
     def add_metric(self, kind: str, weights: str | None) -> None:
         """The frozen distance of pictures; LPIPS sees those of pixel-space models enlarged."""
-        metric = picture_distance(kind, weights, None if self.codec.vae else RESIZE)
+        metric = picture_distance(kind, weights, self.codec)
         self.add_frozen("metric", metric, metric.identity)
 
     def picture_errors(self, found: Tensor, x: Tensor) -> Tensor:

@@ -129,10 +129,10 @@ class RepBlend(MeasuredSet):
         if not 1 <= inner_batch <= pairs:
             what, allowed = "An inner batch is taken from the set", f"1 to {pairs}, the number of pairs"
             raise UserError(what, where="model.inner_batch", given=inner_batch, allowed=allowed)
-        for name, value in {"steps": inner_steps, "epochs": expert_epochs, "start": max_start, "rank": rank}.items():
-            if value < 1:
-                where = {"steps": "inner_steps", "epochs": "expert_epochs", "start": "max_start"}.get(name, name)
-                raise UserError("Must be at least 1", where=f"model.{where}", given=value)
+        least = {"inner_steps": inner_steps, "expert_epochs": expert_epochs, "max_start": max_start, "rank": rank}
+        for name, value in {**least, "chunk": chunk}.items():
+            if value is not None and value < 1:
+                raise UserError("Must be at least 1", where=f"model.{name}", given=value)
         if self.common.precision == "bf16":
             where, fix = "model.common.precision", "model.common.precision: fp32"
             raise UserError("Second derivatives are taken in float32", where=where, given="bf16", fix=fix)
@@ -195,7 +195,7 @@ class RepBlend(MeasuredSet):
             self.begin(stream, features)
             self.draw("before")
 
-    def on_train_end(self) -> None:
+    def finish(self) -> None:
         self.draw("after")
 
     @torch.no_grad()

@@ -18,8 +18,9 @@
 sigma^2 (eps_teacher - eps_lora) = sigma alpha (mu_lora - mu_teacher) in estimates mu of x: DMD's step with the weight
 sigma^3 / alpha and an adapter for the fake network, so what a student is and how it samples is DMD's. The value of L_G
 is half the mean square of a gradient and shows no progress. It is exactly 0 in the first training step, where the
-adapter is 0. Logged as student/...: g = mean |g|, and g_low, g_mid, g_high in thirds of T; gap = mean |eps_teacher -
-eps_lora|; cosine of eps_teacher - eps and eps_lora - eps; brightness and contrast, mean and standard deviation of x.
+adapter is 0. Logged as student/...: g = mean |g|, and g_low, g_mid, g_high of the samples in each third of T, nan
+where a training step has none; gap = mean |eps_teacher - eps_lora|; cosine of eps_teacher - eps and eps_lora - eps;
+brightness and contrast, mean and standard deviation of x.
 
 Deviations from the authors' code: alpha_T is the schedule's own (.06826 for Stable Diffusion) and not sqrt(.0047),
 which `alpha_T_sq` gives back; captions are dropped for each sample and not for a whole batch; values that are not
@@ -50,6 +51,7 @@ from lightning_t2i.strategies.fsdp2 import mesh_of
 
 Form: TypeAlias = Literal["sigma2", "one", "sigma_over_alpha"]
 Score: TypeAlias = Literal["lora", "noise", "teacher"]
+THIRDS = ("student/g_low", "student/g_mid", "student/g_high")
 FORMATS: dict[str, Bits] = {"nf4": "nf4", "int8": "int8"}  # of quantised backbones
 
 
@@ -115,6 +117,7 @@ class SwiftBrush(DMD):
     """
 
     may_rest = ("student", "lora")
+    _thirds: Tensor  # of a training step that is logged: sums and numbers of samples [2, 3]
 
     def __init__(
         self,
@@ -217,9 +220,6 @@ class SwiftBrush(DMD):
             raise UserError(what, where="model.base_precision", given=self.base_precision, fix=fix)
         dtype = torch.bfloat16 if self.base_precision == "bf16" else None
         bits = FORMATS.get(self.base_precision) if self.quantizes else None
-        for module in pipeline.denoiser.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
         return roles(
             pipeline.denoiser, ("lora",), self.lora_rank, dtype, self.gradient_checkpointing, self.lora_alpha,
             self.lora_targets, bits,
@@ -251,13 +251,27 @@ class SwiftBrush(DMD):
         else:
             score = eps if self.score == "noise" else self.teacher.eps(x_t, t, cond)
         g = vsd_gradient(teacher, score, *self.process.alpha_sigma(t, torch.float64), self.weight)
-        sizes, third = g.abs().flatten(1).mean(1), 3 * t // (int(self.process.t_max) + 1)
-        for k, name in enumerate(("low", "mid", "high")):
-            self.note(**{f"student/g_{name}": (sizes * (third == k)).sum() / (third == k).sum().clamp_min(1)})
+        sizes = g.abs().flatten(1).mean(1)
+        self.note_thirds(sizes, 3 * t // (int(self.process.t_max) + 1))
         deltas = [(estimate - eps).flatten(1) for estimate in (teacher, score)]
         self.note(**{"student/g": sizes.mean(), "student/gap": (teacher - score).abs().mean()})
         self.note(**{"student/cosine": torch.cosine_similarity(*deltas).mean()})
         return g
+
+    def note_thirds(self, sizes: Tensor, third: Tensor) -> None:
+        """Notes the mean of sizes [B] in each third [B], 0 to 2, over all micro-batches of all processes.
+
+        A batch of one process may have no sample in a third: means of its means would be wrong.
+        """
+        if not self.logs_now:
+            return
+        if self.counters.micro == 0:
+            self._thirds = sizes.new_zeros(2, 3)
+        inside = (third[:, None] == torch.arange(3, device=third.device)).to(sizes)
+        self._thirds += torch.stack([sizes @ inside, inside.sum(0)])
+        if self.counters.micro + 1 == self.common.accumulate:
+            sums, counts = self.gathered(self._thirds[None]).sum(0)
+            self.note(**dict(zip(THIRDS, sums / counts, strict=True)))
 
     def lora_loss(self, x: Tensor, cond: Cond | None, places: Tensor) -> Tensor:
         """L_lora of samples x [B, C, h, w] without gradient: a scalar."""

@@ -67,6 +67,7 @@ class SwiftBrushV2(SwiftBrush):
     Args:
         teacher: pipeline folder or hub id.
         student_from: pipeline folder or hub id whose weights the student begins with; null is the teacher.
+        student_from_revision, clip_revision, decoder_revision: commits of these hub ids.
         student_rank: rank of an adapter of these weights that is trained in their place; alpha is twice as large, as
             the authors'. Null trains all weights.
         student_targets: layers of that adapter.
@@ -82,13 +83,16 @@ class SwiftBrushV2(SwiftBrush):
         self,
         teacher: str,
         student_from: str | None = None,
+        student_from_revision: str | None = None,
         student_rank: int | None = None,
         student_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0"),
         clip: str | None = None,
+        clip_revision: str | None = None,
         clip_weight: float = 0.1,
         clip_threshold: float = 0.35,
         clip_until: int | None = None,
         decoder: str | None = None,
+        decoder_revision: str | None = None,
         **options: Any,
     ):
         super().__init__(teacher, **options)
@@ -103,29 +107,34 @@ class SwiftBrushV2(SwiftBrush):
         self.student_from, self.student_rank, self.student_targets = student_from, student_rank, student_targets
         self.clip_source, self.clip_weight, self.clip_threshold = clip, clip_weight, clip_threshold
         self.clip_until, self.decoder_source = clip_until, decoder
+        self.student_from_revision = student_from_revision
+        self.clip_revision, self.decoder_revision = clip_revision, decoder_revision
 
     def configure_model(self) -> None:
         super().configure_model()
         self.decoder = self.codec
         if self.clip_source is None:
             return
-        source = locate(self.clip_source)
-        self.add_frozen("clip", TransformersClip.from_pretrained(source), folder_identity(source))
+        source, revision = locate(self.clip_source), self.clip_revision
+        clip = TransformersClip.from_pretrained(source, revision)
+        self.add_frozen("clip", clip, folder_identity(source, revision))
         if self.decoder_source is not None:
-            codec = LatentCodec.from_pretrained(self.decoder_source)
+            codec = LatentCodec.from_pretrained(self.decoder_source, revision=self.decoder_revision)
             if codec.channels != self.codec.channels or codec.factor != self.codec.factor:
                 what, given = "This autoencoder has other latents", f"{codec.channels} channels, 1 : {codec.factor}"
                 allowed = f"{self.codec.channels} channels, 1 : {self.codec.factor}"
                 raise UserError(what, where="model.decoder", given=given, allowed=allowed)
-            self.add_frozen("decoder", codec, folder_identity(locate(self.decoder_source)))
+            self.add_frozen("decoder", codec, folder_identity(locate(self.decoder_source), self.decoder_revision))
 
     def begun(self, pipeline: Pipeline) -> Denoiser:
         start = pipeline
         if self.student_from is not None:
-            start = pipeline.beginning_with(self.student_from)
+            start = pipeline.beginning_with(self.student_from, self.student_from_revision)
         if self.student_rank is None:
             return start.trainable(self.gradient_checkpointing)
-        identity = folder_identity(locate(self.student_from)) if self.student_from else pipeline.identity
+        identity = pipeline.identity
+        if self.student_from is not None:
+            identity = folder_identity(locate(self.student_from), self.student_from_revision)
         base, student = roles(
             copy.deepcopy(start.denoiser), ("student",), self.student_rank, None, self.gradient_checkpointing,
             2 * self.student_rank, self.student_targets,

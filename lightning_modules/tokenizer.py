@@ -2,13 +2,14 @@
 
     z = E(x),  x' = D(z)
     L_KL = |x - x'| + |x - x'|^2 + beta KL(q(z|x) || N(0, I)) + lambda d(x', x)    (arXiv 2112.10752, G)
-    L_VQ = |x - x'| + |x - x'|^2 + |sg(E(x)) - e|^2 + 0.25 |E(x) - sg(e)|^2 + the same lambda  (arXiv 1711.00937, 3)
+    L_VQ = |x - x'| + |x - x'|^2 + 0.25 |sg(E(x)) - e|^2 + |E(x) - sg(e)|^2 + the same lambda  (arXiv 1711.00937, 3)
 
     x [B, 3, H, W] in [-1, 1]; z [B, C, h, w]; e the nearest codebook vectors; d a frozen perceptual distance.
 
 Deviations: no adversarial term, since the tiny pictures have no texture that needs one; all errors are means over
 elements where the reference sums over a picture; codes that die early are started again (see `restart_until`). The
-exported KL autoencoder carries the scaling factor that gives its latents unit standard deviation.
+paper has its 0.25 at the encoder's term; this is diffusers' quantizer with its legacy order of the two. The exported KL
+autoencoder carries the scaling factor that gives its latents unit standard deviation.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_t2i.batch import Batch
+from lightning_t2i.errors import UserError
 from lightning_t2i.frozen import folder_identity
 from lightning_t2i.method import MethodModule
 from lightning_t2i.networks.build import forget_origin
@@ -53,8 +55,8 @@ class Tokenizer(MethodModule):
         kl_weight: beta, weight of the KL term.
         restart_until: every RESTART_EVERY training steps before this one, codes that no place of a batch chooses become
             encoder outputs drawn from it, as in Jukebox (arXiv 2005.00341, section 3.1); 0 is never.
-        train_encoder: false keeps the latents as they are and improves the decoder alone, as models that were trained
-            on the latents need it.
+        train_encoder: false keeps the latents or codes as they are and improves the decoder alone, as models that were
+            trained on them need it.
         perceptual: folder of a PerceptualNetwork, or null for none.
         perceptual_weight: lambda.
         autoencoder: how the autoencoder is updated.
@@ -77,6 +79,9 @@ class Tokenizer(MethodModule):
         common: MethodOptions | None = None,
     ):
         super().__init__(common)
+        if restart_until and not train_encoder:
+            what, fix = "Codes that are kept do not start again", "restart_until: 0"
+            raise UserError(what, where="model.restart_until", given=restart_until, fix=fix)
         self.network, self.kl_weight, self.train_encoder = network, kl_weight, train_encoder
         self.restart_until = restart_until
         self.perceptual, self.perceptual_weight = perceptual, perceptual_weight
@@ -85,8 +90,9 @@ class Tokenizer(MethodModule):
     def configure_model(self) -> None:
         autoencoder = build_network(self.network)
         self.discrete = hasattr(autoencoder, "quantize")
-        for part in () if self.train_encoder else (autoencoder.encoder, autoencoder.quant_conv):
-            part.requires_grad_(False)
+        for name in () if self.train_encoder else ("encoder", "quant_conv", "quantize"):
+            if (part := getattr(autoencoder, name, None)) is not None:
+                part.requires_grad_(False)
         if self.perceptual is not None:
             folder = resolve(self.perceptual)
             self.add_frozen("distance", PerceptualNetwork.from_pretrained(folder), folder_identity(folder))
@@ -104,9 +110,9 @@ class Tokenizer(MethodModule):
     def gaussian_pass(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction from a sampled latent, and the weighted KL term."""
         q = self.autoencoder.encode(x).latent_dist
-        noise = self.keys.normal("z", positions, tuple(q.mean.shape[1:]))
-        z = q.mean + q.std * noise
-        return self.autoencoder.decode(z).sample, self.kl_weight * kl_loss(q.mean, q.logvar)
+        mean, logvar = q.mean.float(), q.logvar.float()
+        z = mean + (0.5 * logvar).exp() * self.keys.normal("z", positions, tuple(mean.shape[1:]))
+        return self.autoencoder.decode(z).sample, self.kl_weight * kl_loss(mean, logvar)
 
     def discrete_pass(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction from the nearest codes (gradient straight through), and codebook plus commitment loss."""

@@ -40,7 +40,7 @@ from lightning_t2i.frozen import folder_identity
 from lightning_t2i.lamb import MatrixDecayAdamW
 from lightning_t2i.method import MethodModule
 from lightning_t2i.metrics.retrieval import RetrievalRecall
-from lightning_t2i.networks.chinese_tokenizer import VOCABULARY, ChineseTokenizer
+from lightning_t2i.networks.chinese_tokenizer import VOCABULARY, ChineseTokenizer, refuse_text
 from lightning_t2i.networks.dual_encoder import DualEncoder, Features, initialise_image, initialise_text
 from lightning_t2i.networks.image_tower import ImageTower
 from lightning_t2i.networks.load import build_network, locate
@@ -72,7 +72,8 @@ class Wukong(MethodModule):
         text: JSON architecture file of a CLIPTextModel; or an exported folder, to go on from all of its weights but the
             image tower's.
         revision: commit of the image tower's hub id.
-        tokenizer: folder or hub id of the BertTokenizer.
+        tokenizer: folder or hub id of the BertTokenizer, with the vocabulary of Chinese BERT.
+        tokenizer_revision: commit of that hub id.
         style: g, f or r, see above.
         width: D.
         reduced: K, of style r.
@@ -98,6 +99,7 @@ class Wukong(MethodModule):
         text: str,
         revision: str | None = None,
         tokenizer: str = VOCABULARY,
+        tokenizer_revision: str | None = None,
         style: Literal["g", "f", "r"] = "r",
         width: int = 256,
         reduced: int = 12,
@@ -133,7 +135,8 @@ class Wukong(MethodModule):
             raise UserError(
                 "A tower that is trained gives new outputs", where="model.keep_vectors", given=True, fix=fix
             )
-        self.image_source, self.text_source, self.revision, self.tokenizer_source = image, text, revision, tokenizer
+        self.image_source, self.text_source, self.revision = image, text, revision
+        self.tokenizer_source, self.tokenizer_revision = tokenizer, tokenizer_revision
         self.style, self.width, self.reduced = style, width, reduced if style == "r" else None
         self.objective, self.pad, self.top_image, self.top_text = objective, pad, top_image, top_text
         self.smoothing, self.scale, self.lock_projection = smoothing, scale, lock_projection
@@ -150,11 +153,9 @@ class Wukong(MethodModule):
             initialise_image(image.backbone)
         towers = self.built(image, tokens)
         text = towers.text.config
-        ids = text.vocab_size, text.eos_token_id
-        if ids != (21128, 102):
-            given, allowed = "vocab_size {}, eos_token_id {}".format(*ids), "vocab_size 21128, eos_token_id 102"
-            raise UserError("Not a text tower of this vocabulary", where="model.text", given=given, allowed=allowed)
-        self.tokenize = ChineseTokenizer(self.tokenizer_source, text.max_position_embeddings)
+        refuse_text(text)
+        length = text.max_position_embeddings
+        self.tokenize = ChineseTokenizer(self.tokenizer_source, length, self.tokenizer_revision)
         if self.tower is None:
             dtype = torch.bfloat16 if self.common.precision == "bf16" else None
             self.add_frozen("image", image, folder_identity(resolve(self.image_source), self.revision), dtype)

@@ -27,6 +27,7 @@ from lightning_t2i.paths import resolve
 from lightning_t2i.processes import Process
 
 Inputs: TypeAlias = tuple[Tensor, Cond | None, Tensor]  # noise [B, C, h, w], condition, int64 keys of the draws [B]
+RESIZE = 224  # side to which LPIPS resizes the small pictures of pixel-space models
 PAIRS_FIX = "make them with this teacher: python train.py predict and a config like those of configs/pairs"
 
 
@@ -74,13 +75,13 @@ class Pipeline:
         shape = codec.latent_shape(size or config.sample_size * codec.factor)
         return cls(denoiser, codec, text, teacher_identity(source, revision), shape, classes)
 
-    def beginning_with(self, source: str) -> Pipeline:
+    def beginning_with(self, source: str, revision: str | None = None) -> Pipeline:
         """This pipeline with the network of another folder or hub id, with which a student of it begins.
 
         Raises:
             UserError: one of another prediction or architecture.
         """
-        found = Denoiser.from_pretrained(source)
+        found = Denoiser.from_pretrained(source, revision=revision)
         found.process = self.denoiser.process  # an exported student's ends where it is asked
         for name, theirs, ours in (
             ("prediction", found.prediction, self.denoiser.prediction),
@@ -92,12 +93,19 @@ class Pipeline:
         return replace(self, denoiser=found)
 
     def trainable(self, gradient_checkpointing: bool = False) -> Denoiser:
-        """A copy of the denoiser to train, without dropout and without EDM's embedding of augmentations."""
+        """A copy of the denoiser to train, without dropout and without EDM's embedding of augmentations.
+
+        Raises:
+            UserError: the network cannot recompute its activations.
+        """
         network = without_dropout(copy.deepcopy(self.denoiser).requires_grad_(True).train())
         backbone: Any = network.backbone
         if isinstance(backbone, EDMUNet):
             backbone.drop_augmentation()
         if gradient_checkpointing:
+            if not backbone._supports_gradient_checkpointing:
+                what, given = "This network cannot recompute activations", type(backbone).__name__
+                raise UserError(what, where="model.gradient_checkpointing", given=given, allowed="false")
             backbone.enable_gradient_checkpointing()
         return network
 
@@ -135,7 +143,7 @@ def shapes_of(network: nn.Module) -> dict[str, torch.Size]:
     return {name: shape for name, shape in found.items() if "augment_embedding" not in name}
 
 
-def refuse_time(process: Process, t: float | None) -> None:
+def refuse_time(process: Process, t: float | None, where: str = "model.student_t") -> None:
     """Refuses a time at which a student cannot be asked for x; None is the last one.
 
     Raises:
@@ -143,22 +151,24 @@ def refuse_time(process: Process, t: float | None) -> None:
     """
     if t is not None and not 0 < t <= process.t_max:
         allowed = f"above 0, at most {process.t_max:g}, or null"
-        raise UserError("Not a student's time", where="model.student_t", given=t, allowed=allowed)
+        raise UserError("Not a student's time", where=where, given=t, allowed=allowed)
 
 
 def refuse_foreign_pairs(
-    pairs: Any, recipe: Callable[[], Mapping[str, Any]], shape: tuple[int, ...], where: str = "data.pairs"
-) -> dict[str, Any]:
+    pairs: Any,
+    recipe: Callable[[], Mapping[str, Any]],
+    shape: tuple[int, ...],
+    guidance: float | None,
+    where: str = "data.pairs",
+) -> None:
     """Refuses a stream that is not one of pairs, or whose pairs are not those of a teacher.
 
     Args:
         pairs: the stream `pairs` of the data, None if there is none.
-        recipe: `Teacher.recipe` of the teacher, called on all processes; guidance and solver are not compared.
+        recipe: `Teacher.recipe` of the teacher, called on all processes; its solver and steps are not compared.
         shape: of one x0.
+        guidance: scale that the pairs have to be sampled at; None takes any.
         where: key of the stream in the config.
-
-    Returns:
-        What the pairs were made from: the recipe of their teacher, and their shape.
 
     Raises:
         UserError: names what differs.
@@ -174,7 +184,24 @@ def refuse_foreign_pairs(
         if theirs[name] != ours[name]:
             what = f"The pairs are not those of this teacher: '{name}' differs"
             raise UserError(what, where=where, given=theirs[name], allowed=str(ours[name]), fix=PAIRS_FIX)
-    return theirs
+    if guidance is not None and theirs["guidance"] != guidance:
+        what = "The pairs were sampled at another guidance"
+        raise UserError(what, where="model.guidance", given=guidance, allowed=str(theirs["guidance"]))
+
+
+def refuse_size(stream: Any, codec: LatentCodec, shape: tuple[int, ...]) -> None:
+    """Refuses a stream `main` of pictures of one size that is not the network's; streams that tell no size pass.
+
+    Args:
+        shape: of one x0.
+
+    Raises:
+        UserError: names both sizes.
+    """
+    one_size = hasattr(stream, "buckets") and stream.buckets is None
+    if one_size and codec.latent_shape(stream.size) != shape:
+        what, allowed = "The pictures have another size than the network's", str(shape[-1] * codec.factor)
+        raise UserError(what, where="data.main.size", given=stream.size, allowed=allowed)
 
 
 def joined(parts: list[Inputs]) -> Inputs:
@@ -184,13 +211,13 @@ def joined(parts: list[Inputs]) -> Inputs:
     return torch.cat(zs), first.cat(rest[0]) if rest and first is not None else first, torch.cat(places)
 
 
-def picture_distance(kind: str, weights: str | None, resize: int | None) -> Any:
+def picture_distance(kind: str, weights: str | None, codec: LatentCodec) -> Any:
     """A frozen network d(x, y) [B] of pictures [B, 3, H, W] in [-1, 1], with its `identity`.
 
     Args:
         kind: "perceptual", or "lpips" with VGG features and average pooling, or "lpips_alex" with AlexNet's.
         weights: folder of a PerceptualNetwork, or safetensors file of LPIPS.
-        resize: side to which LPIPS resizes pictures first; None keeps theirs.
+        codec: of the pictures; LPIPS resizes the small ones of pixel-space models first.
 
     Raises:
         UserError: there are no such weights.
@@ -200,6 +227,7 @@ def picture_distance(kind: str, weights: str | None, resize: int | None) -> Any:
     if kind == "perceptual":
         return PerceptualNetwork.from_pretrained(weights)
     layout = "alex" if kind == "lpips_alex" else "vgg16"
+    resize = None if codec.vae else RESIZE
     return LPIPS.from_file(weights, layout, resize=resize, average_pool=layout == "vgg16")
 
 

@@ -6,6 +6,7 @@ operations do not (they are below 1 % in the networks here).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ PEAKS: dict[str, dict[torch.dtype, float]] = {
     "H100": {torch.bfloat16: 989e12, torch.float32: 494e12},
     "A100": {torch.bfloat16: 312e12, torch.float32: 156e12},
     "L40S": {torch.bfloat16: 362e12, torch.float32: 183e12},
+    "L40": {torch.bfloat16: 181e12, torch.float32: 90.5e12},
     "L4": {torch.bfloat16: 121e12, torch.float32: 60e12},
     "RTX 4090": {torch.bfloat16: 165e12, torch.float32: 82.6e12},
 }
@@ -85,12 +87,20 @@ def counting() -> Iterator[Operations]:
 def peak_flops(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float | None:
     """Dense peak of a device, operations per second; None when unknown, as for every CPU.
 
-    float32 means TF32 matrix products, which training enables on these devices.
+    float32 means TF32 matrix products, see `use_tensor_cores`.
     """
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peaks.get(dtype) for known, peaks in PEAKS.items() if known in name), None)
+    # A name goes on to its end: the numbers of an "L4" or "A100" are not those of an "L40G" or "RTX A1000".
+    return next((peaks.get(dtype) for known, peaks in PEAKS.items() if re.search(rf"{known}\b", name)), None)
+
+
+def use_tensor_cores(device: torch.device) -> None:
+    """Multiplies float32 matrices as TF32 on a GPU, as its convolutions do by default: 10 bits of mantissa, products
+    added in float32."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
 
 
 def utilisation(flops_per_second: float, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float | None:

@@ -46,7 +46,7 @@ class FlowStudent(MethodModule):
         Without them the averages' warm-up begins anew as well: they soon forget those that they were given.
         """
         if self.start is not None and self.counters.step == 0:
-            state = AtomicCheckpointIO().load_checkpoint(self.start)
+            state = AtomicCheckpointIO().load_checkpoint(self.start, whole=False)  # each process reads its part
             self.load_state_dict(state["state_dict"])
             if self.start_optimizer:
                 self._load_groups(state["t2i"]["groups"])

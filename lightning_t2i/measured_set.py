@@ -14,7 +14,7 @@ from lightning_t2i.batch import Batch
 from lightning_t2i.coresets import drawn_pairs
 from lightning_t2i.keys import Keys
 from lightning_t2i.method import MethodModule
-from lightning_t2i.metrics.collapse import collapse, stripes
+from lightning_t2i.metrics.collapse import collapse, stripes, threshold
 from lightning_t2i.metrics.retrieval import RetrievalRecall
 from lightning_t2i.networks.frozen_pair import facts_of
 from lightning_t2i.networks.projection import Branches, Student
@@ -23,6 +23,8 @@ from lightning_t2i.retrieval_student import Protocol, TrainingSet, evaluate, rec
 from lightning_t2i.set_pictures import draw_embeddings, draw_pairs
 from lightning_t2i.soft_contrast import Objective
 from lightning_t2i.synthetic_set import SyntheticSet, nearest_captions
+
+RANDOM_PAIRS = 500  # of the real set, for the threshold of `cr42`
 
 
 class MeasuredSet(MethodModule):
@@ -83,7 +85,7 @@ class MeasuredSet(MethodModule):
         found = evaluate(self.student, pairs, self.objective, self.protocol, keys, splits, select)
         found[f"{stage}/mean"] = found[f"{stage}/last/mean"]
         if self.judge is not None:
-            embedded = collapse(*self.student.embed(self.judge, pairs.images, pairs.texts))
+            embedded = collapse(*self.student.embed(self.judge, pairs.images, pairs.texts), self.usual_cosine())
             found |= {f"{stage}/collapse/{name}": value for name, value in embedded.items()}
         if pairs.factors:
             found[f"{stage}/collapse/stripes"] = stripes(self.synthetic_set().similarity)
@@ -94,6 +96,16 @@ class MeasuredSet(MethodModule):
         validation_step,
         on_validation_epoch_end,
     )
+
+    @torch.no_grad()
+    def usual_cosine(self) -> float | None:
+        """The threshold of `cr42` in the judge's space, of random real pairs; None while none are known."""
+        if self.known is None or self.judge is None:
+            return None
+        n = len(self.known)
+        rows = drawn_pairs(min(RANDOM_PAIRS, n), n, Keys(self.common.seed).fork("judge"))
+        real = TrainingSet.of_pairs(self.known, rows.to(self.known.owner.device))
+        return threshold(*self.student.embed(self.judge, real.images, real.texts))
 
     def synthetic_set(self) -> SyntheticSet:
         """The set as it is, on the CPU."""

@@ -167,7 +167,12 @@ def save_delta(file: Path, taus: Iterable[tuple[str, Tensor]], about: Mapping[st
 
 
 def refuse_mixed(abouts: Sequence[Mapping[str, str]]) -> None:
-    """Refuses deltas of different bases, divisions into ranges, or sets of projections."""
-    for name in ("base", "ranges", "projected"):
-        if len(values := sorted({about.get(name, "") for about in abouts})) > 1:
-            raise UserError(f"The deltas are of different {name}", given=", ".join(values), fix="train them again")
+    """Refuses deltas of different bases, divisions into ranges, sets of projections, or recipes.
+
+    A delta that does not tell its recipe, as those of older versions, goes with any.
+    """
+    for name in ("base", "ranges", "projected", "recipe"):
+        values = {about.get(name, "") for about in abouts} - ({""} if name == "recipe" else set())
+        if len(values) > 1:
+            fix = "train them again, or name another folder"
+            raise UserError(f"The deltas are of different {name}", given=", ".join(sorted(values)), fix=fix)

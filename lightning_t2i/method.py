@@ -72,7 +72,7 @@ class MethodModule(Saved):
         self.counters = Counters()
         self.groups: dict[str, Group] = {}
         self.frozen_identities: dict[str, str] = {}
-        self._inside_step = self._stop_wanted = False
+        self._inside_step = self._stop_wanted = self._finished = False
         self._pending: Plain | None = None
         self._losses: list[tuple[str, Tensor]] = []
         self._scalars: dict[str, list[Tensor | float]] = {}
@@ -208,8 +208,7 @@ class MethodModule(Saved):
     def _finish(self, batch: Batch) -> None:
         counters = self.counters
         counters.samples += len(batch["main"]) * self.trainer.world_size
-        counters.batches += 1
-        counters.micro += 1
+        counters.batches, counters.micro = counters.batches + 1, counters.micro + 1
         if counters.micro < self.common.accumulate:
             return
         due = [g for g in self.groups.values() if g.due(counters.step)]
@@ -228,22 +227,15 @@ class MethodModule(Saved):
         advance_global_step(self.trainer)
 
     def _log(self, norms: dict[str, Tensor]) -> None:
-        if (
-            not self.logs_now
-            or self._trainer is None
-            or not (self.trainer.loggers or self.trainer.progress_bar_callback)
-        ):
+        listens = self._trainer is not None and (self.trainer.loggers or self.trainer.progress_bar_callback)
+        if not self.logs_now or not listens:
             return
         for name, group in self.groups.items():
             self._scalars[f"{name}/lr"] = [group.learning_rate()]
             if name in norms:
                 self._scalars[f"{name}/grad_norm"] = [norms[name]]
-        values = torch.stack(
-            [
-                torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in many]).mean()
-                for many in self._scalars.values()
-            ]
-        )
+        as_float = functools.partial(torch.as_tensor, dtype=torch.float32, device=self.device)
+        values = torch.stack([torch.stack([as_float(v) for v in many]).mean() for many in self._scalars.values()])
         values = self.trainer.strategy.reduce(values, reduce_op="mean")
         metrics = dict(zip(self._scalars, values.tolist(), strict=True)) | {"samples": self.counters.samples}
         for logger in self.trainer.loggers:
@@ -284,6 +276,19 @@ class MethodModule(Saved):
         """A wish to stop (trainer.max_time) waits for the end of the training step, whose state alone can be saved."""
         self._stop_wanted = self._stop_wanted or self.trainer.should_stop
         self.trainer.should_stop = self._stop_wanted and self.counters.at_boundary
+
+    def finish(self) -> None:
+        """Called when the last training step is done, once in each process that sees the end; collective."""
+
+    def on_train_end(self) -> None:
+        if not self._finished and 0 < self.trainer.max_steps <= self.trainer.global_step:
+            self._finished = True
+            self.to(self.trainer.strategy.root_device)  # when a fit ends, the strategy has taken it to the CPU
+            self.finish()
+
+    def on_fit_end(self) -> None:
+        """A run that was killed in its `finish` has no step left when resumed: Lightning calls no other hook then."""
+        self.on_train_end()
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Pictures for the records of a batch, by a method that generates."""

@@ -104,14 +104,18 @@ class AdamW8bit(torch.optim.Optimizer):
     def gathered(self, states: dict[str, Plain]) -> dict[str, Plain]:
         """States of all shards by parameter names, equal on all processes: entry `x` of shard 1 is called `1/x`.
 
-        A single shard's entries keep their names. A collective call when sharded.
+        A single shard's entries keep their names. A collective call when sharded, for one parameter after the other:
+        NCCL sends through the GPU's memory, where the states of all would not fit.
         """
         if self.parts < 2:
             return states
-        mine = {n: {k: v.cpu() if isinstance(v, Tensor) else v for k, v in s.items()} for n, s in states.items()}
-        found: list[Any] = [None] * self.parts
-        dist.all_gather_object(found, mine, self.mesh["shard"].get_group())
-        return {n: {f"{i}/{k}": v for i, part in enumerate(found) for k, v in part[n].items()} for n in states}
+        group, whole = self.mesh["shard"].get_group(), {}
+        for name, entries in states.items():
+            found: list[Any] = [None] * self.parts
+            mine = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in entries.items()}
+            dist.all_gather_object(found, mine, group)
+            whole[name] = {f"{i}/{k}": v for i, part in enumerate(found) for k, v in part.items()}
+        return whole
 
     def mine(self, entries: Plain) -> Plain:
         """This shard's entries of what `gathered` returned for a parameter."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+OURS = ("exported", "data", "assets", "configs", "runs")  # folders that a config names before they are made
 
 
 def resolve(path: str | Path) -> Path:

@@ -77,6 +77,21 @@ class Embeds(Protocol):
 
 
 @runtime_checkable
+class Searches(Protocol):
+    """A method that trains nothing: a training step makes pictures for all samples of its data."""
+
+    def check_batch(self, samples: int, batch: int, world: int) -> None:
+        """Refuses the size of a batch of the data.
+
+        Raises:
+            UserError: so many processes cannot share so many samples so.
+        """
+
+    def kept_bytes(self) -> int:
+        """Bytes that a process keeps at most between two calls of the network; known once the networks are built."""
+
+
+@runtime_checkable
 class Exports(Protocol):
     """A method whose result is a stock diffusers or transformers folder."""
 

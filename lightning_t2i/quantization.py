@@ -51,6 +51,8 @@ def _linear(network: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
 def _quantized(linear: nn.Linear, kind: Bits) -> nn.Module:
     try:
         from bitsandbytes import nn as quantized
+
+        from lightning_t2i.int8 import Linear8bit
     except Exception as error:  # a library that does not load fails in many ways
         fix = "pip install bitsandbytes, or leave the network whole"
         raise UserError("There is no bitsandbytes to quantise with", given=repr(error), fix=fix) from error
@@ -62,7 +64,7 @@ def _quantized(linear: nn.Linear, kind: Bits) -> nn.Module:
         # Its kernel for inference on CPUs repacks the weights at the first forward; no gradient then goes through.
         layer.support_avx512bf16_for_cpu = False
     else:
-        layer = quantized.Linear8bitLt(*sizes, has_fp16_weights=False, device="meta")
+        layer = Linear8bit(*sizes, has_fp16_weights=False, device="meta")
         layer.weight = quantized.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
     layer.bias = linear.bias
     return layer.to(weight.device).eval()  # the move quantises

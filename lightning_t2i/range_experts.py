@@ -1,15 +1,19 @@
 """Range experts: fine-tunings of one network from the same weights on, one after the other or in jobs of their own.
 
-Each leaves its delta, EMA(theta_i) - theta_0, in a folder; deltas of equal base, division and architecture can be
-merged (lightning_t2i/merging.py). What is trained on which range is the method's affair.
+Each leaves its delta, EMA(theta_i) - theta_0, in a folder; deltas of equal base, division, architecture and recipe can
+be merged (lightning_t2i/merging.py). What is trained on which range is the method's affair.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ from lightning_t2i.state_io import copy_into, full_tensor, local_tensor
 from lightning_t2i.streamed import read_header
 
 log = logging.getLogger(__name__)
+RATES = 1000  # training steps whose learning rates are part of a recipe
 
 
 class RangeExperts(MethodModule):
@@ -66,6 +71,11 @@ class RangeExperts(MethodModule):
     @abstractmethod
     def read(self) -> nn.Module:
         """theta_0's network from its files, whole and in float32, without projections."""
+
+    @property
+    @abstractmethod
+    def drawing(self) -> dict[str, Any]:
+        """What the loss of all experts has in common: plain values."""
 
     @property
     def current(self) -> int:
@@ -118,14 +128,34 @@ class RangeExperts(MethodModule):
     @property
     def about(self) -> dict[str, Any]:
         """What deltas have in common that may be merged."""
-        names = projected(self.student.backbone)
-        return {"base": self.identity, "ranges": self.num_ranges, "projected": ",".join(names)}
+        names = ",".join(projected(self.student.backbone))
+        return {"base": self.identity, "ranges": self.num_ranges, "projected": names, "recipe": self.recipe}
+
+    @cached_property
+    def recipe(self) -> str:
+        """Digest of how experts are trained: of their loss, length, optimizer, rates, clipping and average.
+
+        Not of index, seed, processes and batches, in which the jobs of an array may differ.
+        """
+        options = self.groups["student"].options
+        optimizer = options.optimizer([nn.Parameter(torch.zeros(1, 1))])
+        average = options.ema and asdict(options.ema)
+        facts = {**self.drawing, "steps": self.steps_per_range, "clip": options.clip, "ema": average,
+                 "optimizer": type(optimizer).__name__, "settings": optimizer.defaults}  # fmt: skip
+        if options.schedule is not None:
+            schedule, rates = options.schedule(optimizer), []
+            optimizer.step()  # which a schedule waits for
+            for _ in range(min(self.steps_per_range, RATES)):
+                rates += [f"{rate:.6g}" for rate in schedule.get_last_lr()]
+                schedule.step()
+            facts["rates"] = rates
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def found_deltas(self) -> list[Path]:
         """The deltas that are there, in the order of their experts.
 
         Raises:
-            UserError: one is of another base, division or set of projections.
+            UserError: one is of another base, division, set of projections or recipe.
         """
         files = sorted(self.delta_folder.glob("range-*.safetensors"))
         abouts = [read_header(file)[1] for file in files]
@@ -200,6 +230,3 @@ class RangeExperts(MethodModule):
         if 0 < given < length:
             log.warning("%s of %s training steps: ranges that are not finished leave no delta", given, length)
         self.found_deltas()
-
-    def on_train_end(self) -> None:
-        self.finish()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_t2i.errors import UserError
 from lightning_t2i.keys import Keys
 from lightning_t2i.metrics.retrieval import RetrievalRecall
 from lightning_t2i.networks.projection import Branches, Student, each
@@ -40,6 +41,12 @@ class Protocol:
     drop: int = 51
     batch_size: int = 128
     every: int = 20
+
+    def __post_init__(self) -> None:
+        for name, least in (("nets", 1), ("epochs", 0), ("drop", 0), ("batch_size", 1), ("every", 1)):
+            if (given := getattr(self, name)) < least:
+                where, allowed = f"model.protocol.{name}", f"{least} or more"
+                raise UserError("Too small a number", where=where, given=given, allowed=allowed)
 
 
 @dataclass(frozen=True)

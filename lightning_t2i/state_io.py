@@ -7,6 +7,7 @@ flushed to disk and renamed. In the sharded form the tensors are in files beside
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -63,7 +64,8 @@ def load_tensor(saved: Tensor | Stored, like: Tensor) -> Tensor:
         return target
     if not isinstance(like, DTensor):
         return saved.to(like.device, copy=True)
-    moved = saved.to(like.device_mesh.device_type)
+    copies = all(placement.is_replicate() for placement in like.placements)  # else a part is cut out, which copies
+    moved = saved.to(like.device_mesh.device_type, copy=copies)
     return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)
 
 
@@ -177,7 +179,9 @@ class AtomicCheckpointIO(CheckpointIO):
         """Reads a complete checkpoint folder of any form without running code from it.
 
         Args:
-            whole: read all tensors; else those of the sharded form stay in their files as `Stored`.
+            whole: read all tensors; else those of the method stay in their files until they are used: as `Stored` in
+                the sharded form, mapped into memory in the other, so that the processes of a node share what they read.
+                What is kept of them has to be a copy, as `load_tensor` and `copy_into` make it: files are removed.
 
         Raises:
             UserError: the folder is not a complete checkpoint of this repository.
@@ -189,11 +193,16 @@ class AtomicCheckpointIO(CheckpointIO):
                 allowed=f"a folder with {STATE} and {MARKER}",
                 fix="name a folder under runs/NAME/checkpoints, or train from the start with --fresh",
             )
-        state = torch.load(Path(path) / STATE, map_location=map_location, weights_only=True)
-        if read_marker(Path(path))["form"] == "sharded":
+        sharded = read_marker(Path(path))["form"] == "sharded"
+        mapped = not (whole or sharded)
+        state = torch.load(Path(path) / STATE, map_location=map_location, weights_only=True, mmap=mapped)
+        if sharded:
             from lightning_t2i.checkpoints.sharded import joined  # takes a while to import
 
             return joined(state, Path(path), whole)
+        if mapped:  # all but weights and optimizer states may be kept as it comes
+            large = (state.get("state_dict"), state.get("t2i", {}).get("groups"))
+            return copy.deepcopy(state, {id(part): part for part in large})
         return state
 
     def remove_checkpoint(self, path: str | Path) -> None:

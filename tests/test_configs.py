@@ -1,6 +1,8 @@
 """Every shipped config parses and stays short; paper-scale networks have their published sizes."""
 
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -42,12 +44,36 @@ def session():
     return Session()
 
 
-@pytest.mark.parametrize("path", RUNNABLE, ids=lambda p: str(p.relative_to(ROOT / "configs")))
-def test_config_parses(session, path):
+PARSE = """
+import sys
+from pathlib import Path
+
+for name in ("torchvision", "timm", "open_clip", "torch_fidelity"):
+    sys.modules[name] = None
+from lightning_t2i.cli.configs import merge
+from lightning_t2i.cli.session import Session
+from lightning_t2i.errors import UserError
+
+session, wrong = Session(), []
+for path in map(Path, sys.argv[1:]):
     trains = path.parent.name != "pairs"  # those make data
-    config = session.parse(merge([path], []), "fit" if trains else "predict")
-    assert config["model"]["class_path"].startswith("lightning_modules.")
-    assert config["trainer"]["max_steps"] > 0 if trains else config["data"]["init_args"]["predict"]
+    try:
+        config = session.parse(merge([path]), "fit" if trains else "predict")
+        assert config["model"]["class_path"].startswith("lightning_modules."), "another class"
+        assert config["trainer"]["max_steps"] > 0 if trains else config["data"]["init_args"]["predict"], "no end"
+    except (AssertionError, UserError) as error:
+        wrong.append(f"{path}: {error}")
+sys.exit("\\n".join(wrong) or 0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [0, 1])
+def test_configs_parse_without_the_optional_packages(part):
+    """In a new process, where nothing has imported them yet."""
+    command = [sys.executable, "-c", PARSE, *map(str, RUNNABLE[part::2])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
@@ -93,16 +119,22 @@ METHODS = sorted(file.parent.name for file in (ROOT / "configs").glob("*/tiny.ya
 @pytest.mark.parametrize("trainer", TRAINERS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_takes_every_trainer_by_one_base_line(session, tmp_path, method, trainer):
+    """Parsed with one trainer each, since the sections know nothing of each other; all are merged."""
     bases = [str(ROOT / f"configs/{name}.yaml") for name in (f"{method}/tiny", f"trainer/{trainer}")]
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"base": bases}))
-    config = session.parse(merge([tmp_path / "mine.yaml"], [("trainer.accelerator", "cpu")]), "fit")
-    facts, common = config["trainer"], config["model"]["init_args"]["common"] or {}
-    strategy = facts["strategy"]
+    merged = merge([tmp_path / "mine.yaml"], [("trainer.accelerator", "cpu")])
+    assert merged.errors == []
+    if METHODS.index(method) % len(TRAINERS) == list(TRAINERS).index(trainer):
+        session.parse(merged, "fit")
+    facts = {"num_nodes": 1, "strategy": "auto", **merged.config["trainer"]}
+    common, strategy = merged.config["model"]["init_args"].get("common") or {}, facts["strategy"]
     facts["strategy"] = FSDP2(**strategy["init_args"]) if isinstance(strategy, dict) else strategy
     facts["accelerator"] = "cpu" if trainer == "cpu" else "gpu"
     world = World.of(SimpleNamespace(**facts))
     assert world.mesh == TRAINERS[trainer]
     assert common.get("precision", "fp32") == ("fp32" if trainer == "cpu" else "bf16")
+    form = merged.config.get("checkpoints", {}).get("form", "single")
+    assert form == ("sharded" if trainer in ("fsdp", "hsdp") else "single")
     assert facts["max_steps"] == merge([ROOT / f"configs/{method}/tiny.yaml"]).config["trainer"]["max_steps"]
 
 

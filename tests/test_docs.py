@@ -28,6 +28,7 @@ from lightning_t2i.cli.configs import flatten, merge
 from lightning_t2i.cli.listing import methods, methods_table
 from lightning_t2i.cli.main import VERBS, parse
 from lightning_t2i.cli.session import Session
+from lightning_t2i.errors import UserError
 from lightning_t2i.paths import ROOT
 
 CARDS = sorted((ROOT / "assets" / "tiny").glob("*/README.md"))
@@ -174,22 +175,22 @@ def test_commands_would_start(file: Path, session: Session) -> None:
 
 
 @pytest.mark.parametrize(
-    "line",
+    ("line", "said"),
     [
-        "./run fitt --config configs/quickstart.yaml",
-        "python train.py fit --config configs/quickstrat.yaml",
-        "python train.py fit --config configs/quickstart.yaml --trainer.max_step 5",
-        "python -m datamodules.pakc a b",
-        "python benchmarks/none.py",
-        "python -c 'from lightning_t2i.networks.none import Towers'",
+        ("./run fitt --config configs/quickstart.yaml", "fitt"),
+        ("python train.py fit --config configs/quickstrat.yaml", "quickstrat"),
+        ("python train.py fit --config configs/quickstart.yaml --trainer.max_step 5", "max_step"),
+        ("python -m datamodules.pakc a b", "no module datamodules.pakc"),
+        ("python benchmarks/none.py", "no file benchmarks/none.py"),
+        ("python -c 'from lightning_t2i.networks.none import Towers'", "no module in from lightning_t2i.networks.none"),
     ],
 )
-def test_wrong_commands_are_noticed(line: str, session: Session) -> None:
+def test_wrong_commands_are_noticed(line: str, said: str, session: Session) -> None:
     try:
         complaint = wrong_command(shlex.split(line), session, set())
-    except Exception as error:  # a UserError of train.py's own parser
+    except UserError as error:  # of train.py's own parser
         complaint = str(error)
-    assert complaint
+    assert complaint is not None and said in complaint
 
 
 def in_chains(words: list[str]) -> list[list[str]]:

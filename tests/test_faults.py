@@ -230,6 +230,8 @@ def test_nan_in_a_batch_and_a_dead_rank(tmp_path, repo, hit, name):
     assert "'critic', nan" in reports[1]["error"] and "210" in reports[1]["error"]  # the id of the broken point
     assert "loss or gradient norm is not finite at training step 3" in reports[0]["error"]
 
+    timeouts = [json.loads((tmp_path / f"timeouts-{rank}.json").read_text()) for rank in range(2)]
+    assert timeouts == [[8] * 4] * 2  # of the world, the mesh's two dimensions and the checkpoints
     assert f"rank {hit} of 2 processes does not answer" in logs[1 - hit].read_text()
     assert [path.name for path in complete_checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]
 

@@ -359,34 +359,6 @@ def test_every_module_imports_without_the_optional_packages() -> None:
     assert done.stdout.split()[-1] == str(len(modules) + 1)
 
 
-PARSE_ALL = """
-import contextlib, io, sys
-for name in ("torchvision", "timm", "open_clip", "torch_fidelity"):
-    sys.modules[name] = None
-from lightning_t2i.cli.main import main
-for config in sys.argv[1:]:
-    shown = io.StringIO()
-    with contextlib.redirect_stdout(shown):
-        verb = "predict" if config.startswith("configs/pairs/") else "fit"
-        status = main([verb, "--config", config, "--print_config"])
-    if status or "class_path" not in shown.getvalue():
-        sys.exit(f"{config}: {status} {shown.getvalue()}")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("part", [0, 1])
-def test_every_config_parses_without_the_optional_packages(part: int) -> None:
-    parts = ("configs/trainer", "configs/data", "configs/networks")  # they are parts of configs
-    configs = [str(f) for f in tree() if f.parts[0] == "configs" and f.suffix == ".yaml"]
-    configs = [c for c in configs if not c.startswith(parts)][part::2]
-    done = subprocess.run(
-        [sys.executable, "-c", PARSE_ALL, *configs], cwd=ROOT, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert configs
-
-
 # ---- documents -----------------------------------------------------------------------------------------------------
 
 

@@ -9,10 +9,12 @@ Which pictures share a micro-batch depends on no process, so the bits of a pictu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -115,17 +117,61 @@ class Calibration:
         return found
 
 
-def refuse_uneven(network: nn.Module, calibration: Calibration, size: int, world: int, race: bool) -> None:
+def refuse_shares(prompts: int, seeds: int, batch: int, size: int, world: int) -> None:
+    """A generation makes `prompts` x `seeds` pictures, which are one batch of the data; each process some of them.
+
+    Args:
+        batch: pictures of a batch of the data.
+        size: pictures of a micro-batch.
+
+    Raises:
+        UserError: the batch has another number, does not divide by the processes, or has fewer micro-batches than there
+            are processes.
+    """
+    n = prompts * seeds
+    if batch != n or n % world:
+        noises = min(range(1, seeds + world + 1), key=lambda s: (prompts * math.gcd(s, world) < world, abs(s - seeds)))
+        step = world // math.gcd(noises, world)  # prompts come in multiples of it
+        limit = prompts // step * step
+        what, given = "A generation makes every prompt with every seed", f"batch_size {batch} on {world} processes"
+        allowed = f"{prompts} prompts x {seeds} seeds = {n}, where that divides by the processes"
+        fix = f"data.main.limit: {limit}, model.seeds: {noises}, data.main.batch_size: {limit * noises}"
+        raise UserError(what, where="data.main.batch_size", given=given, allowed=allowed, fix=fix)
+    if (batches := -(-n // size)) < world:
+        what, given = "Some processes would make no pictures", f"{batches} micro-batches of {size} on {world} processes"
+        raise UserError(what, where="model.micro_batch", given=given, fix=f"micro_batch: {n // world}, or fewer")
+
+
+def finite(scores: np.ndarray, reward: Reward) -> np.ndarray:
+    """The scores [k, n] of schedules.
+
+    Raises:
+        UserError: some are no numbers: nothing could be said of such a schedule, and it would stay in the search.
+    """
+    if bad := int((~np.isfinite(scores)).sum()):
+        what, given = "A reward gave scores that are not finite", f"{type(reward).__name__}: {bad} of {scores.size}"
+        fix = "another reward; or common.precision: fp32, if it is the pictures that are not finite"
+        raise UserError(what, where="model.reward", given=given, allowed="finite numbers", fix=fix)
+    return scores
+
+
+def refuse_uneven(method: nn.Module, n: int, size: int, world: int, race: bool) -> None:
     """A network that is cut over processes is called by all of them together, so that each must have as much to do.
+
+    Args:
+        method: whose networks are called, once for the captions of a micro-batch (`text`) or in each sampling.
+        n: pictures of a generation.
+        size: those of a micro-batch.
 
     Raises:
         UserError: micro-batches do not divide, or a race would give some processes more of them than others.
     """
-    if not any(isinstance(p, DTensor) for p in network.parameters()):
-        return
-    batches = -(-calibration.n // size)
-    if race or batches % world:
-        what = "The network is cut over the processes, so that each must make as many micro-batches"
-        given = f"race {race}, {batches} micro-batches on {world} processes"
+    cut = {
+        name for name, network in method.named_children() if any(isinstance(p, DTensor) for p in network.parameters())
+    }
+    batches, races = -(-n // size), race and bool(cut - {"text"})
+    if cut and (races or batches % world):
+        what = "A network is cut over the processes, so that each must make as many micro-batches"
+        given = f"{', '.join(sorted(cut))}; race {race}, {batches} micro-batches on {world} processes"
         fix = "search: {race: false}, and a micro_batch that divides, or base: ../trainer/ddp.yaml"
         raise UserError(what, where="model.micro_batch", given=given, fix=fix)

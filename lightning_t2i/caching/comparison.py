@@ -68,8 +68,9 @@ def stock_caches(method: ECAD) -> dict[str, dict[str, float]]:
             quality = method.measure([None], executor=Fresh(backbone)).mean()
         backbone.disable_cache()
         method.executor.attach()
-        each = float(method.gathered(torch.tensor(macs, dtype=torch.float64).to(method.device)[None]).sum())
-        entries[name] = {"quality": float(quality), "relative_macs": each / method.calibration.n / whole}
+        spent = torch.tensor([sum(macs)], dtype=torch.float64, device=method.device)  # calls differ between processes
+        each = float(method.gathered(spent).sum()) / method.calibration.n
+        entries[name] = {"quality": float(quality), "relative_macs": each / whole}
     return entries
 
 

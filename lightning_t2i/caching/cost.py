@@ -110,6 +110,11 @@ class Cost:
         """MACs of a picture without a cache."""
         return steps * (self.fixed + int(self.priced(sdpa).sum()))
 
+    @property
+    def most_bytes(self) -> int:
+        """Bytes of a picture's kept values where those of all components are kept: no schedule keeps more."""
+        return int(self.elements.sum()) * self.itemsize
+
     def slot_bytes(self, schedule: Schedule) -> int:
         """Largest number of bytes that a picture's kept values take between two steps."""
         return int((schedule.plan.keep @ self.elements).max()) * self.itemsize

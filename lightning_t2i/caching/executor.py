@@ -141,7 +141,7 @@ class Executor:
         times = self.times().to(torch.float64).cpu()
         if len(times) != self.schedule.steps:
             self.schedule.check(self.layout, len(times))
-        gaps = (times - time.flatten()[0].to("cpu", torch.float64)).abs()
+        gaps = (self.rounded(times, time.dtype) - time.flatten()[0].to("cpu", torch.float64)).abs()
         step = int(gaps.argmin())
         if len(times) > 1 and gaps[step] > times.diff().abs().min() / 2:
             what = "The sampler is at a time that is none of the schedule's steps"
@@ -157,6 +157,24 @@ class Executor:
             self.slots.calls = 0
         self.slots.step, self.slots.calls = step, self.slots.calls + 1
         self.slots.several |= self.slots.calls > 1
+
+    def rounded(self, times: Tensor, dtype: torch.dtype) -> Tensor:
+        """Times, float64 [N], as they come from diffusers' pipelines in this precision.
+
+        A pipeline of half precision rounds t; FLUX's then divides by 1000, and rounds once more. Near 1 both together
+        may be more than half of the distance between two steps (1024 px, 50 steps), so the same is done here.
+
+        Raises:
+            UserError: two steps come out as one.
+        """
+        if dtype not in (torch.float16, torch.bfloat16):
+            return times
+        scale = scale_of(self.layout)
+        found = ((times * scale).float().to(dtype) / scale).to(torch.float64)
+        if len(found.unique()) < len(found):
+            what, given = "Steps cannot be told apart by their times", f"{len(times)} steps in {dtype}"
+            raise UserError(what, where="schedule", given=given, fix="fewer steps, or a pipeline in float32")
+        return found
 
     @property
     def frees(self) -> bool:
@@ -181,6 +199,11 @@ class Executor:
         elif self.frees:
             values.pop(column, None)
         return found
+
+
+def scale_of(layout: Layout) -> float:
+    """What a scheduler's times are divided by before the transformer is called with them."""
+    return 1000.0 if "Flux" in layout.family else 1.0
 
 
 class _Begin(ModelHook):
@@ -264,7 +287,8 @@ def apply(
         target: a diffusers pipeline of PixArt or FLUX; or a transformer, with `times`.
         schedule: or its JSON file, or a front of a search (its knee is taken).
         kind: see `Executor`.
-        times: see `Executor`; a pipeline's are those of its scheduler.
+        times: see `Executor`; a pipeline's are those of its scheduler. A scheduler with another solver than that of
+            the schedule's search is told in the log.
 
     Raises:
         UserError: the schedule was made for another network, or, when sampling begins, another number of steps.
@@ -274,7 +298,8 @@ def apply(
     if times is None:
         if not hasattr(target, "scheduler"):
             raise UserError("A transformer alone does not know the times of its sampler", where="times")
-        scale = 1000.0 if "Flux" in Layout.of(backbone).family else 1.0  # FLUX is called with t / 1000
+        found.doubt(type(target.scheduler).__name__)
+        scale = scale_of(Layout.of(backbone))
         times = lambda: torch.unique_consecutive(target.scheduler.timesteps.cpu().to(torch.float64)) / scale  # noqa: E731
     with Executor(backbone, times, kind).use(found) as executor:
         yield executor

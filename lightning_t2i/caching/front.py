@@ -52,8 +52,8 @@ def picks(front: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 def write_picks(folder: Path, found: Mapping[str, Any]) -> None:
     """Writes schedules/NAME.json of each pick."""
     for name, place in picks(found["front"]).items():
-        point = dict(found["front"][place])
-        Schedule.from_plain(point.pop("schedule")).save(folder / "schedules" / f"{name}.json", **point)
+        facts = {**found["front"][place], "made_for": found.get("made_for")}
+        Schedule.from_plain(facts.pop("schedule")).save(folder / "schedules" / f"{name}.json", **facts)
 
 
 def write_plots(folder: Path, found: Mapping[str, Any]) -> None:

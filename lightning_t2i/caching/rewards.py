@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import subprocess
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -33,6 +34,7 @@ from lightning_t2i.networks.classifier import ShapesClassifier
 from lightning_t2i.paths import resolve
 
 FLOOR = 1e-4  # of an attribute's probability
+_RUNNING: dict[tuple[str, ...], subprocess.Popen[bytes]] = {}  # command and GPU -> its process
 
 
 class Reward(ABC):
@@ -135,7 +137,8 @@ class Piped(Reward):
 
     The process gets, for each batch, a line of JSON {"shape": [B, H, W, 3], "prompts": [...]} and then the pictures as
     bytes; it answers with a line {"scores": [...]}, or {"error": "..."}. `scorer_worker.py` beside this file serves
-    ImageReward and HPSv2 and imports nothing of this repository: python scorer_worker.py imagereward.
+    ImageReward and HPSv2 and imports nothing of this repository: python scorer_worker.py imagereward. It sees the one
+    GPU that `setup` is told. Scorers of one command on one device, as reward and judge may be, share a process.
 
     Args:
         command: the interpreter, the script and its arguments.
@@ -147,11 +150,19 @@ class Piped(Reward):
         self.command = command
 
     def setup(self, device: torch.device) -> None:
-        try:
-            self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        except OSError as error:
-            where = "model.reward.command"
-            raise UserError(f"The scorer does not start: {error}", where=where, given=self.command) from error
+        visible: dict[str, str] = {}
+        if device.type == "cuda":  # the packages take the first GPU that they see
+            known, index = os.environ.get("CUDA_VISIBLE_DEVICES"), device.index or 0
+            visible = {"CUDA_VISIBLE_DEVICES": known.split(",")[index].strip() if known else str(index)}
+        key = (*self.command, *visible.values())
+        if key not in _RUNNING or _RUNNING[key].poll() is not None:
+            try:
+                pipe, env = subprocess.PIPE, {**os.environ, **visible}
+                _RUNNING[key] = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, env=env)
+            except OSError as error:
+                where = "model.reward.command"
+                raise UserError(f"The scorer does not start: {error}", where=where, given=self.command) from error
+        self.process = _RUNNING[key]
         self.identity = " ".join(Path(word).name for word in self.command)
 
     def __call__(self, images: Tensor, records: Records) -> Tensor:
@@ -171,7 +182,7 @@ class Piped(Reward):
         return torch.tensor(answer["scores"], dtype=torch.float64, device=images.device)
 
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the process, for all that share it."""
         for stream in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(OSError):  # what is left in the buffer of a process that has ended
                 assert stream is not None

@@ -13,7 +13,9 @@ unless a later step uses it again. All other components are read in every step.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,15 @@ from lightning_t2i.errors import UserError
 from lightning_t2i.paths import resolve
 from lightning_t2i.state_io import write_atomically
 
+log = logging.getLogger(__name__)
+# Class of diffusers -> the solvers that take the same steps.
+SOLVERS = {
+    "DDIMScheduler": ("ddim", "euler"),
+    "DPMSolverMultistepScheduler": ("dpmpp_2m",),
+    "EDMEulerScheduler": ("ddim", "euler"),
+    "FlowMatchEulerDiscreteScheduler": ("ddim", "euler"),
+    "FlowMatchHeunDiscreteScheduler": ("heun",),
+}
 MEANING = "1: computed; 0: the last value of this component again"
 
 
@@ -44,6 +55,7 @@ class Schedule:
     Args:
         recompute: bool [N, G].
         layout: what its columns are.
+        made_for: what its search sampled with, as `ECAD.made_for` says it; None where that is not known.
 
     Raises:
         UserError: the shape does not fit the layout.
@@ -51,6 +63,7 @@ class Schedule:
 
     recompute: np.ndarray
     layout: Layout
+    made_for: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         array = np.array(self.recompute, dtype=bool)
@@ -119,6 +132,12 @@ class Schedule:
             raise UserError("The schedule has another number of steps", where="schedule", given=self.steps,
                             allowed=str(steps), fix=fix)  # fmt: skip
 
+    def doubt(self, scheduler: str) -> None:
+        """Warns where a pipeline's scheduler, a class of diffusers, is of another solver than the search had."""
+        solver = (self.made_for or {}).get("solver")
+        if solver is not None and solver not in SOLVERS.get(scheduler, ()):
+            log.warning("the schedule was searched with solver %s, and may be worse with %s", solver, scheduler)
+
     def plain(self) -> dict[str, Any]:
         """As JSON holds it: a row for each step, a word of three digits for each block."""
         rows = [" ".join("".join(str(int(bit)) for bit in row[i : i + PER_BLOCK])
@@ -163,11 +182,12 @@ class Schedule:
         if not path.is_file():
             raise UserError("There is no such schedule", where="schedule", given=str(file))
         content = json.loads(path.read_text(encoding="utf-8"))
+        made_for = content.get("made_for") if isinstance(content, dict) else None
         if "front" in content:
             from lightning_t2i.caching.archive import chosen
 
             content = content["front"][chosen(content["front"], speed)]["schedule"]
-        return cls.from_plain(content, str(file))
+        return replace(cls.from_plain(content, str(file)), made_for=made_for)
 
 
 def _told(layout: Layout) -> str:

@@ -32,10 +32,16 @@ def hpsv2() -> Score:
     from PIL import Image
 
     package = importlib.import_module("hpsv2")
-    return lambda pixels, prompts: [
-        float(package.score([Image.fromarray(picture)], prompt, hps_version="v2.1")[0])
-        for picture, prompt in zip(pixels, prompts, strict=True)
-    ]
+
+    def score(pixels: Any, prompts: list[str]) -> list[float]:
+        found = np.empty(len(prompts))
+        for prompt in dict.fromkeys(prompts):  # a call reads the weights: one for all pictures of a prompt
+            places = [i for i, other in enumerate(prompts) if other == prompt]
+            pictures = [Image.fromarray(pixels[i]) for i in places]
+            found[places] = np.array(package.score(pictures, prompt, hps_version="v2.1"), float).ravel()
+        return found.tolist()
+
+    return score
 
 
 def brightness() -> Score:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import torch
+
 
 class Background:
     """Does jobs one after the other, in a thread or at once.
@@ -13,13 +15,15 @@ class Background:
 
     Args:
         asynchronous: in a thread; else `submit` returns when the job is done and raises what went wrong.
+        device: of this process. CUDA's first is every new thread's own, and what a job asks of it would lie there.
     """
 
-    def __init__(self, asynchronous: bool):
-        self._pool = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
-        self._jobs: list[Future[None]] = []
+    def __init__(self, asynchronous: bool, device: torch.device):
+        use = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+        self._pool = ThreadPoolExecutor(1, "checkpoint", *use) if asynchronous else None
+        self._jobs: list[Future[object]] = []
 
-    def submit(self, job: Callable[[], None]) -> None:
+    def submit(self, job: Callable[[], object]) -> None:
         if self._pool is None:
             job()
         else:

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from lightning_t2i.checkpoints.background import Background
 from lightning_t2i.checkpoints.ranks import Ranks
 from lightning_t2i.checkpoints.staging import Staging
@@ -38,16 +40,24 @@ class Saving:
         form: "single": whole tensors in one file of rank 0; "sharded": every process writes its part.
         asynchronous: write in the background.
         leads: whether this is rank 0.
-        group: gloo group of all processes for the sharded form of several.
+        group: gloo group of all processes, where there are several.
         done: called on rank 0 with the folder of a finished checkpoint, where it was written.
+        device: of this process.
     """
 
-    def __init__(self, form: Form, asynchronous: bool, leads: bool, group: Any, done: Callable[[Path], None]):
-        self.everywhere = form == "sharded"  # FSDP2 then calls the plug-in on every rank
-        self.asynchronous, self.leads, self.done = asynchronous, leads, done
+    def __init__(
+        self,
+        form: Form,
+        asynchronous: bool,
+        leads: bool,
+        group: Any,
+        done: Callable[[Path], None],
+        device: torch.device,
+    ):
+        self.form, self.asynchronous, self.leads, self.done = form, asynchronous, leads, done
         self.ranks = Ranks(group)
-        self.staging = Staging(self.everywhere, asynchronous, leads)
-        self.background = Background(asynchronous)
+        self.staging = Staging(form == "sharded", asynchronous, leads)
+        self.background = Background(asynchronous, device)
         self.written: deque[Written] = deque()  # on rank 0
 
     @contextmanager
@@ -62,19 +72,23 @@ class Saving:
             del method.take
 
     def save(self, state: dict[str, Any], path: Path) -> None:
-        """Writes a state, or has it written; for the plug-in."""
+        """Writes a state, or has it written; for the plug-in, on every rank."""
         if self.asynchronous:
             state = self.staging.settled(state)
-        self.background.submit(partial(self._write, state, path, self._began))
+        self.submit(partial(self._write, state, path, self._began))
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Does a job at once or in the background, on every rank: where it fails on one, it fails on all."""
+        self.background.submit(partial(self.ranks.gather, job))
 
     def _write(self, state: dict[str, Any], path: Path, began: float) -> None:
-        step, form = int(state["global_step"]), "single"
-        fill: Callable[[Path], None] = partial(write_state, state)
-        if self.everywhere:
+        step = int(state["global_step"])
+        if self.form == "sharded":
             from lightning_t2i.checkpoints.sharded import write_sharded  # takes a while to import
 
-            form, fill = "sharded", partial(write_sharded, state, ranks=self.ranks)
-        write_folder(path, step, form, fill, self.ranks)
+            write_folder(path, step, self.form, partial(write_sharded, state, ranks=self.ranks), self.ranks)
+        elif self.leads:
+            write_folder(path, step, self.form, partial(write_state, state))
         if self.leads:
             size = sum(read_marker(path)["files"].values())
             self.written.append(Written(step, time.perf_counter() - began, size))

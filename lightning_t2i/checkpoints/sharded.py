@@ -52,7 +52,7 @@ class Shard:
     """This process's part of a tensor.
 
     Args:
-        local: the part.
+        local: the part; empty where another process writes it.
         chunk: where it lies in the whole.
         size: shape of the whole.
     """
@@ -67,7 +67,7 @@ class Shard:
         return cls(tensor.detach().to_local(), chunk, tensor.size())
 
     def __create_write_items__(self, name: str, unused: Any) -> list[WriteItem]:
-        """DCP asks for it; a part may be empty."""
+        """DCP asks for it."""
         if self.local.numel() == 0:
             return []
         data = TensorWriteData(self.chunk, TensorProperties(dtype=self.local.dtype), self.size)
@@ -88,7 +88,7 @@ class _Writer(FileSystemWriter):
 def write_sharded(state: dict[str, Any], folder: Path, ranks: Ranks) -> None:
     """Writes this process's files into a folder that all processes see; on rank 0 also what belongs to no process.
 
-    A process that fails, at whatever it writes, fails all of them.
+    A process that fails, at whatever it writes, fails all of them. Rank 0 alone plans and hears what was written.
 
     Args:
         state: a nest of plain values, tensors that are equal on all ranks, and `Shard`s.
@@ -104,13 +104,13 @@ def write_sharded(state: dict[str, Any], folder: Path, ranks: Ranks) -> None:
             raise UserError("A sharded checkpoint needs a folder that all processes see", where=str(folder))
         return planner.create_local_plan()
 
-    plans, metadata = planner.create_global_plan(ranks.gather(plan))  # every rank comes to the same
-    mine = planner.finish_plan(writer.prepare_global_plan(plans)[ranks.rank])
+    plans = ranks.gather(plan)
+    mine = planner.finish_plan(ranks.scatter(lambda: writer.prepare_global_plan(planner.create_global_plan(plans)[0])))
     results = ranks.gather(lambda: writer.write_data(mine, planner).wait())
 
     def finish() -> None:
         if ranks.rank == 0:
-            writer.finish(metadata, results)
+            writer.finish(planner.metadata, results)
             write_state(plain, folder)
 
     ranks.gather(finish)

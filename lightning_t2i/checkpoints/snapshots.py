@@ -42,13 +42,18 @@ def twins(groups: Iterable[Group]) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, tensor) for name, tensor in group.tensors() if not name.startswith(f"{group.name}."))
 
 
-def averages(groups: Iterable[Group]) -> dict[str, Tensor]:
-    """Names and whole tensors of all EMA twins on the CPU, weights in bfloat16; a collective call when sharded."""
+def averages(groups: Iterable[Group], keep: bool = True) -> dict[str, Tensor]:
+    """Names and whole tensors of all EMA twins on the CPU, weights in bfloat16; a collective call when sharded.
+
+    Args:
+        keep: else this process only takes part in the call, and nothing is returned.
+    """
     found = {}
     for name, tensor in twins(groups):
         tensor = tensor.detach().to(torch.bfloat16) if tensor.is_floating_point() else tensor.detach()
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        found[name] = whole.cpu().clone(memory_format=torch.contiguous_format)
+        if keep:
+            found[name] = whole.cpu().clone(memory_format=torch.contiguous_format)
     return found
 
 

@@ -77,7 +77,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument(
         "--reset_optimizer", action="store_true", help="`fit` goes on with weights, EMA and counters but new optimizers"
     )
-    parser.add_argument("--ckpt_path", type=Path, metavar="FOLDER", help="checkpoint for validate, test and predict")
+    parser.add_argument("--ckpt_path", type=Path, metavar="FOLDER", help="checkpoint to export, merge or evaluate")
     parser.add_argument(
         "--ema", metavar="NAME", help="average to export or evaluate: a decay of the config's, or sigma_rel=WIDTH"
     )

@@ -92,7 +92,7 @@ def _of_run(request: Request, out: Path, text: str | None) -> int:
         raise UserError("Deltas are missing", where=str(session.method.delta_folder), given=given, fix="fit the others")
     if trainer.is_global_zero:
         method: Any = session.method
-        state = AtomicCheckpointIO().load_checkpoint(checkpoint)
+        state = AtomicCheckpointIO().load_checkpoint(checkpoint, whole=False)
         sampling = {name: getattr(method, name) for name in ("steps", "guidance")}
         write_card(out, RunFacts.of(folder, method, state), sampling)
         print(f"merged the experts of {folder.name} into {out}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,14 +21,14 @@ from lightning_t2i.state_io import AtomicCheckpointIO, newest
 def restore(
     method: MethodModule, run: Path, checkpoint: Path | None = None, ema: str | None = None
 ) -> tuple[Path, dict[str, Any]]:
-    """Builds the networks of a method and gives them the weights of a checkpoint; eval mode.
+    """Builds the networks of a method, in float32, and gives them the weights of a checkpoint; eval mode.
 
     Args:
         run: run folder; its newest checkpoint is taken where none is named.
         ema: the average that twins get, see `use_average`; None is the first of each group.
 
     Returns:
-        The checkpoint's folder and its state.
+        The checkpoint's folder and its state; tensors that were not needed are still in the files.
 
     Raises:
         UserError: there is no complete checkpoint, or no such average.
@@ -35,7 +36,9 @@ def restore(
     found = checkpoint or newest(run / "checkpoints")
     if found is None:
         raise UserError("The run has no complete checkpoint", where="--run", given=run, fix="fit it first")
-    state = AtomicCheckpointIO().load_checkpoint(found)
+    state = AtomicCheckpointIO().load_checkpoint(found, whole=False)
+    # bf16 is the strategy's to do, which is not here; and what is exported keeps all bits of the weights.
+    method.common = dataclasses.replace(method.common, precision="fp32")
     method.configure_model()
     method.on_load_checkpoint(state)
     method.load_state_dict(state["state_dict"])

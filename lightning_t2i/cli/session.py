@@ -29,6 +29,7 @@ from lightning_t2i.cli.configs import Merged, flatten
 from lightning_t2i.cli.errors import Mistakes, locate, parse_all
 from lightning_t2i.cli.progress import Progress
 from lightning_t2i.errors import UserError
+from lightning_t2i.flops import use_tensor_cores
 from lightning_t2i.loggers import TrackingOptions
 from lightning_t2i.method import MethodModule
 from lightning_t2i.options import MethodOptions
@@ -233,6 +234,7 @@ class Session(LightningCLI):
                 given=f"{given.strategy} with {trainer.world_size} processes",
                 fix="base: [../trainer/ddp.yaml], or trainer.devices: 1",
             )
+        use_tensor_cores(trainer.strategy.root_device)
         return trainer
 
 

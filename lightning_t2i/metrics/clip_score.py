@@ -92,10 +92,11 @@ class TransformersClip(nn.Module):
         """
         from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+        pixels = read_pixels(source, revision)  # first: it says what is wrong where the hub cannot be reached
         config = AutoConfig.from_pretrained(source, revision=revision)
         network = AutoModel.from_pretrained(source, revision=revision, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-        if (pixels := read_pixels(source, revision)) is None:
+        if pixels is None:
             what, fix = "No mean of the pictures is given", "add the preprocessor_config.json that the CLIP came with"
             raise UserError(what, where=str(source), fix=fix)
         length = config.text_config.max_position_embeddings

@@ -47,17 +47,23 @@ def concentration(x: Tensor, y: Tensor, t: float) -> float:
 
 
 def stripes(similarity: Tensor) -> float:
-    """Share of the variance off the diagonal of S [M, M] that u_i + v_j explains, by least squares; 0 of a constant."""
+    """Share of the variance off the diagonal of S [M, M] that u_i + v_j explains, by least squares; 0 of a constant.
+
+    With the mean taken away, and r and c the sums of rows and columns without the diagonal, the normal equations
+
+        (M - 1) u_i + sum_j v_j - v_i = r_i        (M - 1) v_i + sum_j u_j - u_i = c_i
+
+    have the solution u + v = (r + c) / (M - 2), u - v = (r - c) / M; two pairs are always explained, with r + c = 0.
+    """
     m = len(similarity)
-    i, j = (~torch.eye(m, dtype=torch.bool)).nonzero().T
-    design = torch.zeros(len(i), 2 * m, dtype=torch.float64)
-    design[torch.arange(len(i)), i], design[torch.arange(len(i)), m + j] = 1.0, 1.0
-    values = off_diagonal(similarity.detach().cpu().double())
-    total = (values - values.mean()).square().sum()
+    values = similarity.detach().cpu().double()
+    values = (values - off_diagonal(values).mean()).fill_diagonal_(0)
+    total = values.square().sum()
     if float(total) == 0:
         return 0.0
-    fitted = design @ (torch.linalg.pinv(design.T @ design) @ (design.T @ values))
-    return float(1 - (values - fitted).square().sum() / total)
+    both, difference = (values.sum(1) + values.sum(0)) / max(m - 2, 1), (values.sum(1) - values.sum(0)) / m
+    rest = (values - (both + difference)[:, None] / 2 - (both - difference) / 2).fill_diagonal_(0)
+    return float(1 - rest.square().sum() / total)
 
 
 def collapse(x: Tensor, y: Tensor, t: float | None = None) -> dict[str, float]:

@@ -12,7 +12,9 @@ when the features are Inception's; its name always holds n and the reference wit
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_t2i.errors import UserError
+
+ROWS = 1024  # of a matrix of all pairs that are in memory at once
 
 
 def frechet_distance(mean: Tensor, cov: Tensor, mean_ref: Tensor, cov_ref: Tensor) -> Tensor:
@@ -35,8 +39,8 @@ def frechet_distance(mean: Tensor, cov: Tensor, mean_ref: Tensor, cov_ref: Tenso
     return distance.clamp(min=0)
 
 
-def _kernel_sum(x: Tensor, y: Tensor, rows: int = 1024) -> Tensor:
-    return torch.stack([(block @ y.T / x.shape[1] + 1).pow(3).sum() for block in x.split(rows)]).sum()
+def _kernel_sum(x: Tensor, y: Tensor) -> Tensor:
+    return torch.stack([(block @ y.T / x.shape[1] + 1).pow(3).sum() for block in x.split(ROWS)]).sum()
 
 
 def _mean_of_pairs(x: Tensor) -> Tensor:
@@ -51,8 +55,9 @@ def kernel_distance(x: Tensor, y: Tensor) -> Tensor:
 
 def recall(x: Tensor, y: Tensor, neighbours: int = 3) -> Tensor:
     """Share of the reference y [M, D] that generated features x [N, D] cover, float64 -> scalar; N > neighbours."""
-    radius = torch.cdist(x, x).kthvalue(neighbours + 1, dim=1).values  # the nearest one is itself
-    return (torch.cdist(y, x) <= radius).any(1).double().mean()
+    nearest = [torch.cdist(block, x).kthvalue(neighbours + 1, dim=1).values for block in x.split(ROWS)]
+    radius = torch.cat(nearest)  # the nearest one is itself, so one more
+    return torch.cat([(torch.cdist(block, x) <= radius).any(1) for block in y.split(ROWS)]).double().mean()
 
 
 class InceptionFeatures(nn.Module):
@@ -111,6 +116,7 @@ class FeatureMetric(Metric):
         self.add_state("generated", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("referenced", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self._loaded: dict[str, Tensor] | None = None
+        self._pictures: dict[str, Any] = {}
         self._counts: tuple[int, int] | None = None
 
     @property
@@ -155,14 +161,19 @@ class FeatureMetric(Metric):
             setattr(self, name, value)
         self._counts = None
 
-    def save_reference(self, path: str | Path) -> None:
-        """Writes the reference of all ranks; on several ranks a collective call after which rank 0 has written."""
+    def save_reference(self, path: str | Path, pictures: Mapping[str, Any] | None = None) -> None:
+        """Writes the reference of all ranks; on several ranks a collective call after which rank 0 has written.
+
+        Args:
+            pictures: what tells them from others of the same name, plain values; see `check_pictures`.
+        """
         with self.sync_context():
             state = self._state()
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
             # Single features are float32 by nature; sums of them are not.
             tensors = {name: (t.float() if name == "features" else t).cpu().contiguous() for name, t in state.items()}
-            save_file(tensors, str(path), {"reference": self.reference, "extractor": self._identity})
+            facts = {"reference": self.reference, "extractor": self._identity}
+            save_file(tensors, str(path), facts | ({"pictures": json.dumps(dict(pictures))} if pictures else {}))
 
     def load_reference(self, path: str | Path) -> None:
         """Reads a reference.
@@ -182,7 +193,24 @@ class FeatureMetric(Metric):
                 )
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         self._loaded = {name: t.double() if t.is_floating_point() else t for name, t in found.items()}
-        self.reference = facts["reference"]
+        self.reference, self._file = facts["reference"], path
+        self._pictures = json.loads(facts.get("pictures", "{}"))  # of older files nothing is known
+
+    def check_pictures(self, pictures: Mapping[str, Any]) -> None:
+        """Compares what is known of the pictures of a reference that was read with what they should be.
+
+        Raises:
+            UserError: they are others.
+        """
+        for name in pictures.keys() & self._pictures.keys():
+            if self._pictures[name] != pictures[name]:
+                raise UserError(
+                    f"The reference statistics were made of other pictures: '{name}' is not that of the data",
+                    where=str(self._file),
+                    given=self._pictures[name],
+                    allowed=str(pictures[name]),
+                    fix="delete the file; it is made again",
+                )
 
     def _state(self) -> dict[str, Tensor]:
         return self._loaded if self._loaded is not None else self._reference_state()

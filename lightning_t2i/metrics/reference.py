@@ -12,11 +12,13 @@ from pathlib import Path
 
 from datamodules.image_text import ImageText
 from lightning_t2i.metrics.frechet import FrechetDistance, KernelDistance
-from lightning_t2i.metrics.scorers import ScorerOptions, build_distance, statistics_file
+from lightning_t2i.metrics.scorers import ScorerOptions, build_distance, pictures_of, statistics_file
 
 
 def write_statistics(stream: ImageText, options: ScorerOptions) -> list[Path]:
     """Writes `fd-NAME.safetensors` and `kd-NAME.safetensors` over the whole split; NAME as in "shapes-val".
+
+    Under the data set's own name the files hold what its pictures are known by, and serve no others.
 
     Args:
         stream: pictures, read in index order.
@@ -34,7 +36,7 @@ def write_statistics(stream: ImageText, options: ScorerOptions) -> list[Path]:
     files = [statistics_file(metric.symbol, options, name) for metric in metrics]
     for metric, file in zip(metrics, files, strict=True):
         file.parent.mkdir(parents=True, exist_ok=True)
-        metric.save_reference(file)
+        metric.save_reference(file, None if options.reference else {**pictures_of(stream), "limit": stream.limit})
     return files
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,9 @@ class Scorer:
     def reset(self) -> None:
         self.metric.reset()
 
+    def check(self, pictures: Mapping[str, Any]) -> None:
+        """Compares what the metric was read from with what is known of the evaluated data, see `pictures_of`."""
+
 
 class DistanceScorer(Scorer):
     """Reads the reference from a file, or gathers it from the records' pictures at the first evaluation.
@@ -94,6 +97,9 @@ class DistanceScorer(Scorer):
                 fix="python -m lightning_t2i.metrics.reference --source SOURCE --split SPLIT",
             )
         self.metric.update(records.image.to(images.device), real=True)
+
+    def check(self, pictures: Mapping[str, Any]) -> None:
+        self.metric.check_pictures(pictures)
 
     def results(self) -> dict[str, float]:
         found = super().results()
@@ -160,6 +166,29 @@ def check_metrics(names: Sequence[str], where: str) -> None:
             raise UserError("There is no such metric", where=where, given=name, allowed=SCORERS)
 
 
-def build_scorer(name: str, options: ScorerOptions, reference: str) -> Scorer:
-    """The metric `name` (a key of SCORERS) against pictures that are called `reference` unless the options say else."""
-    return SCORERS[name](options, options.reference or reference)
+def build_scorer(
+    name: str, options: ScorerOptions, reference: str, pictures: Mapping[str, Any] | None = None
+) -> Scorer:
+    """The metric `name` (a key of SCORERS) against pictures that are called `reference` unless the options say else.
+
+    Args:
+        pictures: what is known of them, see `pictures_of`.
+
+    Raises:
+        UserError: statistics of that name are of other pictures.
+    """
+    scorer = SCORERS[name](options, options.reference or reference)
+    if options.reference is None:
+        scorer.check(pictures or {})
+    return scorer
+
+
+def pictures_of(stream: Any) -> dict[str, Any]:
+    """What tells a stream's pictures from others that are called the same: hash of the index, and side in pixels.
+
+    Which and how many of a split they are does not count: a run on its first rows is measured against the whole.
+    """
+    if "/" not in stream.identity["data"]:  # a file of prompts, whose pictures are nowhere
+        return {}
+    one_size = getattr(stream, "buckets", None) is None and hasattr(stream, "size")
+    return {"sha": stream.identity["sha"], **({"size": stream.size} if one_size else {})}

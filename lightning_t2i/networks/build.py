@@ -96,6 +96,7 @@ def save_pipeline(
     codec: LatentCodec,
     text: TextEncoder | None,
     times: Sequence[float] | None = None,
+    solver: str = "ddim",
 ) -> None:
     """Writes the stock diffusers folder of the backbone's family in fp16 safetensors, from copies.
 
@@ -111,6 +112,7 @@ def save_pipeline(
 
     Args:
         times: of a student's steps where they are not the default, see `to_scheduler`.
+        solver: of the scheduler, see `to_scheduler`.
 
     Raises:
         UserError: a backbone for which no pipeline is known, one on pixels with an autoencoder or a text encoder, or
@@ -119,7 +121,7 @@ def save_pipeline(
     import diffusers
 
     backbone: Any = denoiser.merged().backbone
-    scheduler = to_scheduler(denoiser.process, denoiser.prediction, denoiser.sigma_data, times)
+    scheduler = to_scheduler(denoiser.process, denoiser.prediction, denoiser.sigma_data, times, solver)
     vae = copy.deepcopy(codec.vae)
     if type(backbone).__name__ in OURS and vae is None and text is None:
         backbone.half().save_pretrained(folder, safe_serialization=True)

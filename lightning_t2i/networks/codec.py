@@ -2,6 +2,8 @@
 
 latent = (z - shift) * scaling_factor                     AutoencoderKL, VQModel, AutoencoderTiny
 latent = (z - latents_mean) * scaling_factor / latents_std   when the config has per-channel statistics
+
+aMUSEd's VQModel, known by its `lookup_from_codebook`, works on pictures in [0, 1]: they are brought there and back.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ class LatentCodec(nn.Module):
         config = vae.config
         self.channels = config.latent_channels
         self.factor = factor_of(config)
+        self._from_zero = bool(config.get("lookup_from_codebook"))  # its pictures lie in [0, 1]
         # Statistics are plain numbers, not buffers: they follow the config, never a checkpoint.
         self._scale = [float(config.get("scaling_factor") or 1.0)]
         self._shift = [float(config.get("shift_factor") or 0.0)]
@@ -102,7 +105,7 @@ class LatentCodec(nn.Module):
         """
         if self.vae is None:
             return images
-        out = self.vae.encode(images.to(self._dtype))
+        out = self._encoded(images)
         if hasattr(out, "latent_dist"):
             z = out.latent_dist.mean.float()
             if eps is not None:
@@ -120,7 +123,7 @@ class LatentCodec(nn.Module):
         """Latents of unit scale to float32 pictures [B, 3, H, W], near [-1, 1] but not clamped; differentiable."""
         if self.vae is None:
             return latents
-        return self.vae.decode(self.raw(latents).to(self._dtype)).sample.float()
+        return self._shown(self.vae.decode(self.raw(latents).to(self._dtype)))
 
     def raw(self, latents: Tensor) -> Tensor:
         """Latents of unit scale to the autoencoder's own scale."""
@@ -128,7 +131,7 @@ class LatentCodec(nn.Module):
 
     def encode_tokens(self, images: Tensor) -> Tensor:
         """Pictures to codebook indices of a VQModel: int64 [B, h, w]."""
-        return self._nearest(self.vae.encode(images.to(self._dtype)).latents)
+        return self._nearest(self._encoded(images).latents)
 
     @torch.no_grad()
     def tokens(self, records: Records) -> Tensor:
@@ -141,9 +144,18 @@ class LatentCodec(nn.Module):
         """Codebook indices [B, h, w] of a VQModel to float32 pictures [B, 3, H, W]."""
         shape = (*tokens.shape, self.vae.config.vq_embed_dim or self.channels)
         if self.vae.config.lookup_from_codebook:  # aMUSEd's, which takes indices
-            return self.vae.decode(tokens.flatten(), force_not_quantize=True, shape=shape).sample.float()
+            return self._shown(self.vae.decode(tokens.flatten(), force_not_quantize=True, shape=shape))
         z = self.vae.quantize.get_codebook_entry(tokens.flatten(), shape)
-        return self.vae.decode(z.to(self._dtype), force_not_quantize=True).sample.float()
+        return self._shown(self.vae.decode(z.to(self._dtype), force_not_quantize=True))
+
+    def _encoded(self, images: Tensor) -> Any:
+        """The autoencoder's output for pictures in [-1, 1]."""
+        return self.vae.encode(((images + 1) / 2 if self._from_zero else images).to(self._dtype))
+
+    def _shown(self, out: Any) -> Tensor:
+        """What the autoencoder decoded as float32 pictures near [-1, 1]."""
+        images = out.sample.float()
+        return 2 * images - 1 if self._from_zero else images
 
     def _nearest(self, z: Tensor) -> Tensor:
         """Indices [B, h, w] of the codes nearest to z [B, C, h, w], which is of the autoencoder's own scale."""

@@ -31,6 +31,11 @@ from lightning_t2i.paths import resolve
 if TYPE_CHECKING:
     from lightning_t2i.method import MethodModule
 
+DOWNLOAD = (
+    "curl -L -o FILE https://huggingface.co/timm/nfnet_l0.ra2_in1k/resolve/main/model.safetensors "
+    "(timm's nfnet_l0, trained on ImageNet)"
+)
+
 
 class FrozenImages(nn.Module):
     """Pictures [B, 3, H, W] in [-1, 1] -> features [B, width].
@@ -79,11 +84,11 @@ class FrozenImages(nn.Module):
 
 def _nfnet(weights: str | None) -> tuple[NFNet, str]:
     if weights is None:
-        fix = "a safetensors file with the weights of timm's nfnet_l0"
-        raise UserError("An encoder of random weights is frozen", where="model.image_weights", given=None, fix=fix)
+        what = "An encoder of random weights is frozen"
+        raise UserError(what, where="model.image_weights", given=None, fix=f"name a file: {DOWNLOAD}")
     file = resolve(weights)
     if not file.is_file():
-        raise UserError("There are no weights here", where="model.image_weights", given=weights)
+        raise UserError("There are no weights here", where="model.image_weights", given=weights, fix=DOWNLOAD)
     network = NFNet()
     if rank0.reads():
         found = {name: t for name, t in load_file(file).items() if not name.startswith("head.fc.")}

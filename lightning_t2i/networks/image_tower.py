@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_t2i.errors import UserError
-from lightning_t2i.networks.load import build_network, read_json
+from lightning_t2i.networks import load
 
 Pixels = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of pictures in [0, 1], by channel
 # Of those that the families' towers were trained on.
@@ -18,8 +18,8 @@ IMAGENET_PIXELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 def read_pixels(source: str | Path, revision: str | None = None) -> Pixels | None:
     """What a folder or hub repository says of its pictures, in either file that transformers writes, or None."""
-    facts = (read_json(source, "processor_config.json", revision) or {}).get("image_processor")
-    facts = facts or read_json(source, "preprocessor_config.json", revision) or {}
+    facts = (load.read_json(source, "processor_config.json", revision) or {}).get("image_processor")
+    facts = facts or load.read_json(source, "preprocessor_config.json", revision) or {}
     if facts.get("do_normalize") is False:
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     return (tuple(facts["image_mean"]), tuple(facts["image_std"])) if "image_mean" in facts else None
@@ -66,12 +66,14 @@ class ImageTower(nn.Module):
     def build(cls, source: str, tokens: bool, revision: str | None = None) -> ImageTower:
         """From a folder or hub id with weights, or from a JSON architecture file. A CLIPModel's text tower is dropped.
 
-        Pictures are normalised as the folder says, else as the family's towers were trained.
+        An exported dual encoder with a Swin tower has it in `image`; its projection comes with the text tower. Pictures
+        are normalised as the folder says, else as the family's towers were trained.
 
         Raises:
             UserError: no such source, or it holds no image tower of a known kind.
         """
-        network = build_network(source, revision)
+        inside = not source.endswith(".json") and load.read_json(source, "config.json", revision) is None
+        network = load.load_model(source, "image", revision) if inside else load.build_network(source, revision)
         head = getattr(network, "visual_projection", None)
         pixels = None if source.endswith(".json") else read_pixels(source, revision)
         return cls(network, tokens, pixels, None if head is None else head.weight.detach().clone())

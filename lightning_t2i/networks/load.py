@@ -15,11 +15,13 @@ from lightning_t2i.errors import UserError
 from lightning_t2i.networks import projections
 from lightning_t2i.networks.backbones import is_told_size
 from lightning_t2i.networks.codec import factor_of
+from lightning_t2i.paths import OURS as FOLDERS
 from lightning_t2i.paths import resolve
 from lightning_t2i.processes.base import Process
 from lightning_t2i.processes.schedulers import from_scheduler
 
 BACKBONES = ("unet", "transformer")
+MADE_BY = "make it first: python train.py export (or merge) FOLDER --run RUN; the config or its page names the run"
 # Networks of this repository that are built and loaded like diffusers' own: class name -> module.
 OURS = {
     "SongUNet": "lightning_t2i.networks.edm_unets",
@@ -40,7 +42,8 @@ def locate(path: str | Path) -> str:
     if folder.is_dir():
         return str(folder.resolve())
     text = str(path)
-    if text.count("/") == 1 and not text.startswith((".", "/", "~")):
+    owner = text.split("/")[0]
+    if text.count("/") == 1 and not text.startswith((".", "/", "~")) and owner not in FOLDERS:
         return text
     parent = resolve(folder.parent)
     beside = sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else ()
@@ -49,7 +52,7 @@ def locate(path: str | Path) -> str:
         where=text,
         given=folder.name,
         allowed=beside or "a folder, or a hub id owner/name",
-        fix="check the path",
+        fix=MADE_BY if owner == "exported" else "check the path",
     )
 
 

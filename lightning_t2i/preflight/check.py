@@ -24,6 +24,7 @@ from lightning_t2i.preflight.plan import Plan
 from lightning_t2i.preflight.rehearsal import rehearse
 from lightning_t2i.preflight.sources import Store, caches, ram_per_process, source_of
 from lightning_t2i.preflight.world import World
+from lightning_t2i.protocols import Searches
 
 # Operations per second of one device where --tflops says nothing: a share of a data sheet's peak that trainings of
 # these networks commonly reach, and what one core of a server does in matrix products.
@@ -60,6 +61,8 @@ def planned(session: Any, config: dict[str, Any], request: Request, hub: Cache) 
     bill = rehearse(method, data, world, max(steps, 1))
     streams = getattr(data, "training", {})
     sources = [source_of(name, stream) for name, stream in streams.items()]
+    if isinstance(method, Searches) and sources and (rows := sources[0].rows) is not None:
+        method.check_batch(rows, streams[sources[0].name].batch_size, world.ranks)
     workers = getattr(data, "workers", 0)
     ram = world.per_node * ram_per_process(sources, bill.batch, workers)
     folder = runs.runs_root() / runs.run_name(request.run, request.configs)

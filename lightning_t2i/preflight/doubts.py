@@ -11,6 +11,7 @@ from lightning_t2i.preflight.bill import Bill
 from lightning_t2i.preflight.fetch import Cache, is_hub_id
 from lightning_t2i.preflight.sources import Source, Store, free_bytes, machine_ram
 from lightning_t2i.preflight.world import World
+from lightning_t2i.protocols import Searches
 
 CARD = 80e9  # bytes of the largest card in wide use
 RATES = 1e-8, 0.1  # learning rates of the optimizers in use lie well inside
@@ -50,7 +51,7 @@ def doubts(
     found = [*_missing(hub, bill, sources), *_lengths(config, method), *_places(config, world, bill, stores, ram)]
     for name, group in method.groups.items():
         found += _group(name, group, config["trainer"]["max_steps"])
-    return [*found, *_data(config, world, sources), *_guidance(config)]
+    return [*found, *_data(config, method, world, sources), *_guidance(config, method)]
 
 
 def _missing(hub: Cache, bill: Bill, sources: list[Source]) -> Iterator[Doubt]:
@@ -135,7 +136,7 @@ def _places(config: Mapping[str, Any], world: World, bill: Bill, stores: list[St
         yield Doubt("data.main.in_memory", what, "in_memory: false, or fewer workers")
 
 
-def _data(config: Mapping[str, Any], world: World, sources: list[Source]) -> Iterator[Doubt]:
+def _data(config: Mapping[str, Any], method: Any, world: World, sources: list[Source]) -> Iterator[Doubt]:
     steps, workers = config["trainer"]["max_steps"], descend(config, ["data", "workers"])[1] or 0
     accumulate = descend(config, ["model", "common", "accumulate"])[1] or 1
     for source in sources:
@@ -143,7 +144,9 @@ def _data(config: Mapping[str, Any], world: World, sources: list[Source]) -> Ite
             continue
         key = f"data.{source.name}"
         size = descend(config, ["data", source.name, "batch_size"])[1] or 64
-        if source.rows < size:
+        if isinstance(method, Searches):
+            pass  # each of its steps goes through all samples, on purpose
+        elif source.rows < size:
             what = f"A batch of {size} repeats samples: there are {source.rows}"
             yield Doubt(f"{key}.batch_size", what, f"at most {source.rows}")
         elif steps > 0 and (epochs := steps * accumulate * size / source.rows) > EPOCHS:
@@ -154,10 +157,13 @@ def _data(config: Mapping[str, Any], world: World, sources: list[Source]) -> Ite
             yield Doubt("data.workers", what, f"at most {max(source.rows // world.ranks, 1)}")
 
 
-def _guidance(config: Mapping[str, Any]) -> Iterator[Doubt]:
+def _guidance(config: Mapping[str, Any], method: Any) -> Iterator[Doubt]:
     guidance, null = (descend(config, ["model", name])[1] for name in ("guidance", "null_probability"))
+    key = "model.guidance" if guidance is not None else "model.sampling.guidance"
+    if guidance is None and hasattr(method, "sampling"):  # Fluid's
+        guidance = method.sampling.guidance
     if isinstance(guidance, int | float) and not 0 <= guidance <= GUIDANCE:
-        yield Doubt("model.guidance", f"A guidance of {guidance:g}", f"0 to {GUIDANCE:g}")
+        yield Doubt(key, f"A guidance of {guidance:g}", f"0 to {GUIDANCE:g}")
     if null == 0 and isinstance(guidance, int | float) and guidance != 1:
         what = f"Samples are guided by {guidance:g}, but the null condition is never trained"
         yield Doubt("model.null_probability", what, "0.1")

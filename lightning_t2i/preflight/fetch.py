@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from lightning_t2i.errors import UserError
-from lightning_t2i.paths import resolve
+from lightning_t2i.paths import OURS, resolve
 
 Source: TypeAlias = tuple[str, str]  # hub id, revision
 Cache: TypeAlias = dict[Source, Path | None]  # folder in the local cache, named by its commit; None: not there
 
 NAMES = ("teacher", "network", "base", "backbone", "parts", "codec", "image", "text", "tokenizer", "student_from",
-         "latents")  # keys that may hold a hub id  # fmt: skip
-OURS = ("exported", "data", "assets", "configs", "runs")  # folders that a config names before they are made
+         "latents", "clip", "decoder", "encoder")  # keys that may hold a hub id  # fmt: skip
+ALONE = ("student_from", "clip", "decoder")  # keys that a `revision` beside them does not mean
+FILES = (".json", ".safetensors")
 # What is read here: configs, tokenizers and safetensors of the components; a pipeline's root also holds single files of
 # all its weights, and its components hold copies in other formats.
 WANTED = ["*.json", "*.txt", "*.model", "*/*.safetensors", "model*.safetensors", "diffusion_pytorch_model*.safetensors"]
@@ -27,7 +28,7 @@ UNWANTED = ["*.fp16.*", "*.non_ema.*", "*flax*", "*openvino*", "*onnx*", "safety
 
 def is_hub_id(text: Any) -> bool:
     """Whether a value of a config means a repository of the hub: owner/name, no folder of ours."""
-    if not isinstance(text, str) or text.count("/") != 1 or text.startswith((".", "/", "~")) or text.endswith(".json"):
+    if not isinstance(text, str) or text.count("/") != 1 or text.startswith((".", "/", "~")) or text.endswith(FILES):
         return False
     return text.split("/")[0] not in OURS and not resolve(text).exists()
 
@@ -39,9 +40,9 @@ def hub_sources(config: Mapping[str, Any]) -> set[Source]:
         if isinstance(value, Mapping):
             found |= hub_sources(value)
         elif key in NAMES and is_hub_id(value):
-            given = config.get(f"{key}_revision", config.get("revision"))  # one of its own, as text_revision
-            alone = key == "student_from" or (key == "tokenizer" and "image" in config)  # Wukong's is its tower's
-            found.add((value, (None if alone else given) or "main"))
+            alone = key in ALONE or (key == "tokenizer" and "image" in config)  # Wukong's `revision` is its tower's
+            given = config.get(f"{key}_revision", None if alone else config.get("revision"))
+            found.add((value, given or "main"))
     return found
 
 

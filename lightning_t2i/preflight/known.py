@@ -107,6 +107,7 @@ KNOWN: dict[str, Callable[[], Files]] = {
     # What the configs tell their user to export first.
     "exported/sdxl-regression": _sdxl,
     "exported/instaflow-sd15-2rf": lambda: _sd15({**FLOW, "shift": 1.0}),
+    "exported/instaflow-sd14-2rf": lambda: _sd15({**FLOW, "shift": 1.0}),
     "exported/edm-imagenet64": lambda: _edm("edm_imagenet64"),
     "exported/edm-cifar10-cond": lambda: _edm("edm_cifar10"),
     "exported/edm-cifar10-uncond": lambda: _edm("edm_cifar10", num_classes=0),

@@ -14,7 +14,7 @@ from lightning_t2i.preflight.fetch import Cache
 from lightning_t2i.preflight.sources import Source, Store, free_bytes
 from lightning_t2i.preflight.world import World
 
-ORDER = ("weights", "gradients", "optimizer", "EMA", "frozen", "batch", "activations")
+ORDER = ("weights", "gradients", "optimizer", "EMA", "frozen", "batch", "activations", "kept values")
 GB = 1e9
 SMALLEST = 0.5e6  # bytes that a table of GB shows
 

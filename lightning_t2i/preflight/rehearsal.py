@@ -40,6 +40,7 @@ from lightning_t2i.preflight.records import batch_of, text_encoder
 from lightning_t2i.preflight.remembered import Remembered
 from lightning_t2i.preflight.stand_ins import Noted, stand_ins
 from lightning_t2i.preflight.world import World, fake_mesh
+from lightning_t2i.protocols import Searches
 from lightning_t2i.schedules import value_at
 
 
@@ -110,7 +111,10 @@ def rehearse(method: Any, data: Any, world: World, steps: int) -> Bill:
                 for cost in found:
                     _enter(cost, step, share / len(found), world, bill)
         elif method.frozen_identities:
-            bill.memory["frozen"] = bill.peak = sum(network.bytes for network in bill.networks)
+            bill.memory["frozen"] = sum(network.bytes for network in bill.networks)
+            if isinstance(method, Searches):
+                bill.memory["kept values"] = method.kept_bytes()
+            bill.peak = bill.memory.total()
     bill.absent = noted.absent
     return bill
 

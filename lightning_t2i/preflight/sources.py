@@ -27,7 +27,7 @@ from lightning_t2i.paths import resolve
 
 TEXT = 64  # bytes of a short string in an array of Python objects
 READ_AHEAD = 2  # batches that each worker of a DataLoader prepares
-LATENT_BYTES, PLAN_BYTES = 2, 2 * 2  # fp16; uint16 for each row of the two epochs that an order keeps
+LATENT_BYTES, PLAN_BYTES = 2, 2  # fp16; uint16 for each row of the epoch that an order has planned
 CLASS_BYTES = 1  # of a row of an index that is mapped, not held
 
 
@@ -101,13 +101,14 @@ def latent_shape(source: str, size: int) -> tuple[int, int, int]:
 def ram_per_process(sources: list[Source], batch: dict[str, int], workers: int) -> int:
     """Bytes of host memory that the loaders of one process hold.
 
-    Index and order (forked workers share them), pictures that are kept, and the batches that are read ahead.
+    Index and pictures that are kept (forked workers share them), the batches that are read ahead, and the plan of an
+    epoch: the training process keeps that of the first one, which its workers share, and each worker makes the next.
 
     Args:
         batch: stream -> bytes of one process's part of a micro-batch.
         workers: of each stream.
     """
-    held = sum((s.rows or 0) * (s.index + PLAN_BYTES) + s.kept for s in sources)
+    held = sum((s.rows or 0) * (s.index + PLAN_BYTES * (1 + workers)) + s.kept for s in sources)
     return held + sum(batch.values()) * max(READ_AHEAD * workers, 1)
 
 

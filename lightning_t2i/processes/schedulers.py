@@ -70,7 +70,11 @@ def from_scheduler(source: Any) -> tuple[Process, str]:
 
 
 def to_scheduler(
-    process: Process, prediction: str, sigma_data: float = 0.5, times: Sequence[float] | None = None
+    process: Process,
+    prediction: str,
+    sigma_data: float = 0.5,
+    times: Sequence[float] | None = None,
+    solver: str = "ddim",
 ) -> SchedulerMixin:
     """A diffusers scheduler whose default settings sample the way this repository does.
 
@@ -82,12 +86,14 @@ def to_scheduler(
             The scheduler ends at the first of them, and for several steps it is LCMScheduler: its default for so many
             are the times where they are evenly spaced, others are to be named (`timesteps=` of the pipeline).
             Schedulers of other processes hold no such times.
+        solver: "dpmpp_2m" of a DDPM gives DPMSolverMultistepScheduler, unless it clips or has zero terminal SNR, where
+            that one differs. Any other one gives the scheduler of "ddim" and "euler".
 
     Raises:
         UserError: a prediction that no diffusers scheduler of this process takes; convert the network first.
     """
     if isinstance(process, DDPM) and prediction in _TO_DIFFUSERS:
-        from diffusers import DDIMScheduler, LCMScheduler
+        from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 
         if times and int(times[0]) < process.t_max:
             process = process.until(int(times[0]))
@@ -100,6 +106,10 @@ def to_scheduler(
             "rescale_betas_zero_snr": process.zero_terminal_snr,
             "prediction_type": _TO_DIFFUSERS[prediction],
             "timestep_spacing": "trailing",
+        }
+        if solver == "dpmpp_2m" and process.clip is None and not process.zero_terminal_snr:
+            return DPMSolverMultistepScheduler(**facts)
+        facts |= {
             "set_alpha_to_one": True,
             "clip_sample": process.clip is not None,
             "clip_sample_range": process.clip or 1.0,

@@ -73,17 +73,17 @@ def config_of(name: str) -> Path:
     raise UserError("Neither a method with a tiny config nor a config file", given=name, allowed=allowed)
 
 
-def moments(seed: int, count: int, steps: int) -> list[Kill]:
-    """Random kills in the order of their steps, about one of five in a save."""
+def moments(seed: int, count: int, steps: int, every: int = EVERY, first: int = 1) -> list[Kill]:
+    """Random kills in the order of their steps, about one of five in a save; none before step `first`."""
     draw = random.Random(seed)
     in_saves = max(1, round(count / 5)) if count > 1 else draw.random() < 0.5
-    saves = draw.sample(range(EVERY - 1, steps - 1, EVERY), int(in_saves))
-    others = draw.sample([step for step in range(1, steps - 1) if step not in saves], count - len(saves))
+    saves = draw.sample([step for step in range(every - 1, steps - 1, every) if step >= first], int(in_saves))
+    others = draw.sample([step for step in range(first, steps - 1) if step not in saves], count - len(saves))
     places: list[tuple[int, Any]] = [*((s, "save") for s in saves), *((s, "step") for s in others)]
     return [Kill(step, where, round(draw.random(), 3)) for step, where in sorted(places)]
 
 
-def write_config(config: Path, folder: Path, mesh: str, steps: int) -> Path:
+def write_config(config: Path, folder: Path, mesh: str, steps: int, every: int = EVERY) -> Path:
     """A short training of a config on few samples, with accumulation, validation and many checkpoints."""
     replicate, shard = map(int, mesh.split("x"))
     streams = merge([config]).config["data"].get("init_args") or {}
@@ -99,7 +99,7 @@ def write_config(config: Path, folder: Path, mesh: str, steps: int) -> Path:
         small["main"]["init_args"]["limit"] = BATCH // 2
         options["common"]["accumulate"], options["micro_batch"] = 1, 2
     trainer: dict[str, Any] = {"accelerator": "cpu", "devices": replicate * shard, "max_steps": steps}
-    trainer |= {"val_check_interval": EVERY + 1, "limit_val_batches": 1}
+    trainer |= {"val_check_interval": every + 1, "limit_val_batches": 1}
     trainer["callbacks"] = [{"class_path": "lightning_t2i.proof.witness.Witness"}]
     if replicate * shard > 1:
         mesh_options = {"replicate": replicate, "shard": shard}
@@ -108,7 +108,7 @@ def write_config(config: Path, folder: Path, mesh: str, steps: int) -> Path:
         "base": str(config),
         "model": {"init_args": options},
         "trainer": trainer,
-        "checkpoints": {"every": EVERY},
+        "checkpoints": {"every": every},
         "samples": {"enabled": False},
         "comparison": {"enabled": False},
         "throughput": {"enabled": False},
@@ -153,7 +153,15 @@ def start(words: Iterable[str], variables: dict[str, str], kill: Kill | None = N
 
 
 def prove(
-    name: str, folder: Path, mesh: str, seed: int, kills: int, steps: int, overrides: Sequence[str] = ()
+    name: str,
+    folder: Path,
+    mesh: str,
+    seed: int,
+    kills: int,
+    steps: int,
+    overrides: Sequence[str] = (),
+    every: int = EVERY,
+    first: int = 1,
 ) -> Proof:
     """Trains a config whole and killed, and compares both.
 
@@ -165,14 +173,16 @@ def prove(
         kills: how often the run is killed; it goes on from its newest checkpoint each time.
         steps: training steps of both runs.
         overrides: further words of `train.py fit` for both.
+        every: training steps between two checkpoints.
+        first: training steps done before the earliest kill; from `every` on there is a checkpoint to go on from.
     """
     config = config_of(name)
     proof = Proof(mesh, seed, steps)
     variables = environment(config, folder)
-    words = ["fit", "--config", str(write_config(config, folder, mesh, steps)), *overrides, "--run"]
+    words = ["fit", "--config", str(write_config(config, folder, mesh, steps, every)), *overrides, "--run"]
     whole, killed = folder / "runs" / "whole", folder / "runs" / "killed"
     start([*words, whole.name], variables)
-    for kill in moments(seed, kills, steps):
+    for kill in moments(seed, kills, steps, every, first):
         start([*words, killed.name], variables, kill)
         left = newest(killed / "checkpoints")
         cut = any((killed / "checkpoints").glob(".*.tmp"))

@@ -12,7 +12,7 @@ from lightning.fabric.plugins.collectives.torch_collective import default_pg_tim
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.strategy import Strategy
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
 from lightning_t2i.errors import UserError
 from lightning_t2i.state_io import AtomicCheckpointIO
@@ -28,14 +28,14 @@ class FSDP2(ModelParallelStrategy):
     Args:
         replicate: number of copies; null: world size / shard.
         shard: parts of each copy; null: world size / replicate, on several nodes the devices of one node.
-        timeout: how long a collective call waits for a missing process.
+        timeout: how long a collective call waits for a missing process, in every group; null: torch's defaults.
     """
 
     def __init__(
         self, replicate: int | None = None, shard: int | None = None, timeout: timedelta | None = default_pg_timeout
     ):
         super().__init__(save_distributed_checkpoint=False, timeout=timeout)
-        self.replicate, self.shard = replicate, shard
+        self.replicate, self.shard, self.timeout = replicate, shard, timeout
         self.checkpoint_io = AtomicCheckpointIO()
 
     def mesh_shape(self) -> tuple[int, int]:
@@ -66,6 +66,8 @@ class FSDP2(ModelParallelStrategy):
         self._device_mesh = init_device_mesh(
             self.root_device.type, self.mesh_shape(), mesh_dim_names=("replicate", "shard")
         )
+        for group in self._device_mesh.get_all_groups() if self.timeout is not None else ():
+            _set_pg_timeout(self.timeout, group)  # the mesh makes its groups with torch's own
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
 
@@ -90,7 +92,7 @@ class FSDP2(ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         path = self.broadcast(filepath)
-        if self.is_global_zero or getattr(storage_options, "everywhere", False):
+        if self.is_global_zero or storage_options is not None:  # a `Saving` has something to do for every rank
             self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+from diffusers.models.autoencoders.vae import AutoencoderMixin
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -18,9 +19,13 @@ REPLICATE_BELOW_BYTES = 2 * 2**30  # a frozen network under this size is kept wh
 
 
 def roots(network: nn.Module) -> list[nn.Module]:
-    """The modules whose own forward is called: `network.shard_roots()` where a wrapper defines it, else itself."""
-    declared = getattr(network, "shard_roots", None)
-    return declared() if declared else [network]
+    """The modules whose own forward is called: `network.shard_roots()` where a wrapper defines it; the parts of an
+    autoencoder, whose decoder's backward would else give back the weights that its encoder's still needs; or itself."""
+    if declared := getattr(network, "shard_roots", None):
+        return declared()
+    if isinstance(network, AutoencoderMixin):
+        return [part for part in network.children() if next(part.parameters(), None) is not None]
+    return [network]
 
 
 def blocks(root: nn.Module) -> Iterator[nn.Module]:

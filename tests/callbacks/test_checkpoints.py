@@ -271,6 +271,19 @@ def test_the_memory_of_copies_is_used_again() -> None:
     assert settled["a"] is taken and settled["b"] == [1] and settled["c"].tolist() == [1, 1]
 
 
+def test_the_thread_uses_the_device_of_its_process(monkeypatch) -> None:
+    """A new thread's own is CUDA's first."""
+    used: list = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: used.append((device, threading.current_thread())))
+    background = Background(True, torch.device("cuda", 3))
+    background.submit(lambda: used.append(threading.current_thread()))
+    background.wait()
+    (device, first), second = used
+    assert device == torch.device("cuda", 3) and first is second is not threading.main_thread()
+    Background(True, torch.device("cpu")).submit(lambda: used.append(None))
+    assert len(used) == 3
+
+
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torchmetrics import Metric
+from mean import Mean
 
 from callbacks.eval_metrics import EvalMetrics, EvalOptions
 from lightning_t2i.errors import UserError
@@ -16,30 +16,6 @@ from lightning_t2i.metrics import scorers
 from lightning_t2i.metrics.frechet import FrechetDistance
 from lightning_t2i.metrics.scorers import DistanceScorer, Scorer, ScorerOptions, build_scorer
 from lightning_t2i.networks.classifier import ClassifierConfig, ShapesClassifier
-
-
-class Mean(Metric):
-    """Mean of the pictures, and the number of records it has seen."""
-
-    full_state_update = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("n", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    @property
-    def name(self) -> str:
-        return f"mean@n={self.computed_n}"
-
-    def update(self, images: torch.Tensor, captions: list[str]) -> None:
-        assert len(images) == len(captions)
-        self.total += images.mean((1, 2, 3)).sum()
-        self.n += len(images)
-
-    def compute(self) -> torch.Tensor:
-        self.computed_n = int(self.n)
-        return self.total / self.n
 
 
 @pytest.fixture(autouse=True)

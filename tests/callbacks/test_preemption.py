@@ -130,10 +130,29 @@ def test_ranks_agree_every_k_steps(tmp_path, every, stopped) -> None:
     assert steps(tmp_path) == [5, stopped]
 
 
-def test_a_signal_in_the_last_step_lets_the_training_end(tmp_path) -> None:
-    ends = Ends()
-    assert fit(tmp_path, SignalAt(11, SIGUSR1), ends).agreed is None
-    assert steps(tmp_path) == [5, 10, 12] and ends.seen == ["train", "fit"]
+@pytest.mark.parametrize("every", [1, 5])
+def test_a_signal_in_the_last_step_leaves_the_end_to_the_same_command(tmp_path, every) -> None:
+    ends, again = Ends(), Ends()
+    assert fit(tmp_path, SignalAt(11, SIGUSR1), ends, every=every).agreed is SIGUSR1
+    assert steps(tmp_path) == [5, 10, 12] and ends.seen == ["exception"]
+    fit(tmp_path, again)
+    assert steps(tmp_path) == [5, 10, 12] and again.seen == ["fit"]
+
+
+@pytest.mark.parametrize("number", [SIGTERM, SIGUSR1], ids=lambda n: n.name)
+def test_a_word_of_slurm_after_the_last_step_requeues_at_once(tmp_path, scontrol, number) -> None:
+    """In what comes after a training: it may take longer than is left."""
+
+    class Compares(Ends):
+        def on_train_end(self, *unused):
+            for _ in range(2):
+                os.kill(os.getpid(), number)
+            self.seen = scontrol()
+
+    ends = Compares()
+    expected = ["requeue 71"] if number is SIGUSR1 else []
+    assert fit(tmp_path, ends).requeues is bool(expected)
+    assert ends.seen == [*expected, "fit"] and scontrol() == expected
 
 
 def test_a_signal_before_the_first_step_waits_for_it(tmp_path) -> None:
@@ -324,12 +343,20 @@ def command(folder: Path, repo: Path, run: str, signal_at: str = "", devices: in
     return done.stdout + done.stderr
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, repo) -> Path:
+    """The run folder of a training that nobody stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    command(folder, repo, "whole")
+    return folder / "runs/whole"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_every_process_of_a_job_may_be_signalled(tmp_path, repo, name) -> None:
+def test_every_process_of_a_job_may_be_signalled(tmp_path, repo, whole, name) -> None:
     """As where SLURM tracks processes by cgroups: W&B's service and the worker that reads data hear it as well."""
     said = command(tmp_path, repo, "stopped", f"4 {name} all")
-    stopped, whole = tmp_path / "runs/stopped", tmp_path / "runs/whole"
+    stopped = tmp_path / "runs/stopped"
     assert "Traceback" not in said and f"{name}: stopped and saved after training step 5" in said
     assert steps(stopped) == [5] and not (stopped / "finished").exists()
     (file,) = (stopped / "wandb").glob("offline-run-*/run-*.wandb")
@@ -341,7 +368,6 @@ def test_every_process_of_a_job_may_be_signalled(tmp_path, repo, name) -> None:
     identity = (stopped / "wandb_id").read_text()
 
     assert "step-00000005" in command(tmp_path, repo, "stopped")
-    command(tmp_path, repo, "whole")
     assert differences(final_state(stopped), final_state(whole)) == [] and logged(stopped) == logged(whole)
     assert (stopped / "finished").exists() and (stopped / "wandb_id").read_text() == identity
     rows = [row for row in history(stopped / "wandb") if "critic/loss" in row]

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mean import Mean
 from PIL import Image
 from tiny_networks import pipeline_folder
 from torch import Tensor
-from torchmetrics import Metric
 
 from callbacks.teacher_comparison import ComparisonOptions, TeacherComparison, arms
 from lightning_modules.dmd import DMD
@@ -33,29 +33,6 @@ from lightning_t2i.strategies import FSDP2
 
 SHAPE = (3, 8, 8)
 TITLES = ["teacher, 3 steps", "teacher, 1 step", "student, 1 step"]
-
-
-class Mean(Metric):
-    """Mean of the pictures and how many there were."""
-
-    full_state_update = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("n", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    @property
-    def name(self) -> str:
-        return f"mean@n={self.computed_n}"
-
-    def update(self, images: Tensor) -> None:
-        self.total += images.mean((1, 2, 3)).sum()
-        self.n += len(images)
-
-    def compute(self) -> Tensor:
-        self.computed_n = int(self.n)
-        return self.total / self.n
 
 
 class Shade(Predictor):

@@ -14,6 +14,7 @@ from datamodules.encode import Latents, Views, encode, latent_folder
 from datamodules.image_text import ImageText
 from datamodules.pictures import square, to_images
 from datamodules.records import Shards
+from datamodules.text_cache import TextCache
 from lightning_t2i.errors import UserError
 from lightning_t2i.networks.codec import LatentCodec
 
@@ -113,7 +114,7 @@ def test_a_bad_picture_is_replaced_with_its_latent(make_data_set, vae):
     rows = stream.order.rows(np.arange(50)).tolist()
     assert records.label.tolist() == [6 if row == 5 else row for row in rows]
     assert torch.equal(records.latent[rows.index(5)], records.latent[rows.index(6)])
-    assert stream.take_fresh() == {"train-000000.tar:k0005": "picture: unknown format"}
+    assert stream.take_fresh().bad == {"train-000000.tar:k0005": "picture: unknown format"}
 
 
 def test_stale_and_missing_latents_are_refused(make_data_set, vae, tmp_path):
@@ -185,3 +186,16 @@ def test_command_line(make_data_set, vae, monkeypatch, capsys):
     module.main()
     assert capsys.readouterr().out.strip() == str(latent_folder(folder, vae, 8))
     assert Latents(Shards(folder, "train"), vae, 8).shape == (2, 4, 4)
+
+
+def test_the_command_takes_views_of_pictures_and_what_reads_captions(make_data_set, vae, monkeypatch):
+    folder = make_data_set()
+    source = ["--source", str(folder), "--device", "meta"]
+    said = []
+    monkeypatch.setattr(module, "encode_texts", lambda *given, **more: said.append((given[2], more["device"])))
+    assert module.main([*source, "--text", "a/b", "--revision", "abc", "--length", "20"]) == 0
+    assert said == [(TextCache("a/b", "abc", 20, "bf16"), "meta")]
+    source[-1] = "cpu"
+    monkeypatch.setattr(module, "default_device", None)
+    assert module.main([*source, "--vae", vae, "--size", "8", "--crops", "2", "--flip"]) == 0
+    assert len(Latents(Shards(folder, "train"), vae, 8, Views(2, True)).views) == 4

@@ -4,13 +4,13 @@ import io
 import itertools
 import json
 import os
-import subprocess
 import sys
 import tarfile
 import time
 from pathlib import Path
 
 import numpy as np
+import programs
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -322,7 +322,7 @@ def test_a_killed_pack_goes_on_with_the_shards_that_are_missing(tmp_path, repo):
     os.mkfifo(source / last)  # reading it waits for ever
     command = [sys.executable, "-m", "datamodules.pack", str(source), str(out), "--val", "0", "--test", "0"]
     command += ["--samples-per-shard", "5", "--name", "x"]
-    process = subprocess.Popen(command, cwd=repo, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = programs.Popen(command, cwd=repo, stdout=programs.DEVNULL, stderr=programs.DEVNULL)
     part = tmp_path / ".out.part"
     while len(list(part.glob(".pieces/*.parquet"))) < 5:
         assert process.poll() is None

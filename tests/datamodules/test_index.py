@@ -2,13 +2,13 @@
 
 import io
 import json
-import subprocess
 import sys
 import tarfile
 import time
 from pathlib import Path
 
 import numpy as np
+import programs
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -213,7 +213,7 @@ def test_a_killed_indexing_goes_on_with_the_shards_that_are_missing(tmp_path, re
         url = f"{server.url}/{{00000..00005}}.tar"
         server.fault = lambda path, *_: "stall" if path == "/00003.tar" else None
         command = [sys.executable, "-m", "datamodules.index", url, "--out", str(out)]
-        process = subprocess.Popen(command, cwd=repo, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = programs.Popen(command, cwd=repo, stdout=programs.DEVNULL, stderr=programs.DEVNULL)
         while not any(path == "/00003.tar" for path, *_ in server.asked):
             assert process.poll() is None
             time.sleep(0.02)

@@ -1,11 +1,13 @@
 """The global order: a permutation per epoch that ranks, workers and batch grouping cannot change."""
 
 import hashlib
+import pickle
 
 import numpy as np
 import pytest
 
-from datamodules.order import GlobalOrder, batch_positions, finite_batches
+from datamodules.buckets import BucketOrder
+from datamodules.order import GlobalOrder, batch_positions, finite_batches, keyed
 from lightning_t2i.errors import UserError
 
 
@@ -81,6 +83,31 @@ def test_a_hundred_million_rows_are_planned_within_memory():
     order.row(0)
     plan = order._plan(0)
     assert sum(part.nbytes for part in plan) < 3 * 20_000_000  # bytes per row: 100 million stay under 0.3 GB
+
+
+def test_one_epoch_is_planned_at_a_time_and_another_process_plans_its_own():
+    order, whole = GlobalOrder(1000, "a", 0, 16, 32), GlobalOrder(1000, "a", 0, 16, 32).rows(np.arange(4000))
+    for start in range(0, 4000, 64):  # batches touch two epochs at 1000, 2000 and 3000
+        assert order.rows(np.arange(start, min(start + 64, 4000))).tolist() == whole[start : start + 64].tolist()
+        assert list(order._plans) == [min(start + 63, 3999) // 1000]
+    sent = pickle.dumps(order)
+    assert len(sent) < 1000 and pickle.loads(sent).rows(np.arange(4000)).tolist() == whole.tolist()
+
+
+@pytest.mark.parametrize("start", [0, 35])
+def test_every_bucket_is_planned_before_its_batches_are_read(start, monkeypatch):
+    def made() -> BucketOrder:
+        return BucketOrder([0, 300, 310, 900], 20, "a", 0, lanes=8, block=10)
+
+    order, planned = made(), []
+    rows = made().rows(np.arange(20 * start, 20 * start + 400))
+    order.ready(20 * start)
+    monkeypatch.setattr("datamodules.order.keyed", lambda text: planned.append(text) or keyed(text))
+    assert order.rows(np.arange(20 * start, 20 * start + 20)).tolist() == rows[:20].tolist() and planned == []
+    for bucket, other in order.orders.items():
+        first = next(k for k in range(start, start + 400) if made().turn(k)[0] == bucket)
+        other.row(made().turn(first)[1] * 20)
+        assert planned == []
 
 
 def test_rank_slices_make_up_the_batch():

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import lightning as L
 import numpy as np
+import programs
 import pytest
 import torch
 import webdataset
@@ -271,8 +271,9 @@ run(teacher({pipeline!r}), stream({prompts!r}, Path({folder!r})))
 def test_a_killed_job_goes_on_with_the_missing_shards(made, tmp_path, pipeline, prompts) -> None:
     folder = tmp_path / "pairs"
     paths = [str(ROOT), str(ROOT / "tests/helpers"), str(Path(__file__).parent)]
-    program = KILLED.format(paths=paths, at=8, pipeline=pipeline, prompts=prompts, folder=str(folder))
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=200)
+    program = tmp_path / "killed.py"
+    program.write_text(KILLED.format(paths=paths, at=8, pipeline=pipeline, prompts=prompts, folder=str(folder)))
+    done = programs.run([sys.executable, str(program)], cwd=tmp_path)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [path.name for path in folder.glob("*.tar")] == ["train-000000.tar"]
     partial = folder / ".train-000001/train-000001.tar"

@@ -142,4 +142,4 @@ def test_a_sample_without_a_usable_caption_is_replaced(make_data_set):
     stream = begun(Prompts(str(make_data_set(captions=lambda i: {"en": [" " if i == 7 else f"{i}"]})), block=10))
     stream.max_bad_fraction = 0.1
     assert stream.load([6, 7, 8], 0).caption == ["6", "8", "8"]
-    assert "no caption in en" in stream.take_fresh()["train-000000.tar:k0007"]
+    assert "no caption in en" in stream.take_fresh().bad["train-000000.tar:k0007"]

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from data_sets import as_rank, gradient, png, write_data_set
 
 from datamodules.pack import pack
@@ -88,6 +89,24 @@ def test_one_module_for_a_retrieval_set(tmp_path):
     assert sum(len(b["main"]) for b in data.val_dataloader()) == 12
     assert data.finite["test"].batch_size == 3
     assert [len(b["main"]) for b in data.val_dataloader()] == [3] * 4  # val_batch_size
+
+
+def test_only_training_mirrors_and_crops_at_random(tmp_path):
+    facts = {"splits": ("train", "val", "test"), "size": lambda _: (24, 16)}
+    folder = write_data_set(tmp_path / "d", 12, captions=several, **facts)
+    found = {}
+    for name, changes in (("plain", {}), ("changed", {"flip": True, "crop": "random"})):
+        options = {"size": 8, "languages": ["zh"], **changes}
+        data = as_rank(RetrievalDataModule(str(folder), 12, 12, options=options))
+        data.setup("test")
+        loaders = data.train_dataloader(), data.val_dataloader(), data.test_dataloader()
+        found[name] = [next(iter(loader))["main"].image for loader in loaders]
+    same = [torch.equal(a, b) for a, b in zip(*found.values(), strict=True)]
+    assert same == [False, True, True]
+    main, val, test = (data.training["main"], *data.finite.values())
+    assert (main.flip, main.crop) == (True, "random")
+    for stream in (val, test):
+        assert (stream.flip, stream.crop, stream.crops) == (False, "centre", None)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Streams: the same samples for any ranks and workers, exact resume, finite passes, and life inside a Trainer."""
 
+import os
 import random
 from itertools import chain
 
@@ -8,7 +9,9 @@ import torch
 from data_sets import as_rank
 from recorder import Recorder, trainer
 
+from datamodules.buckets import Buckets
 from datamodules.image_text import ImageText
+from datamodules.order import keyed
 from datamodules.prompts import Prompts
 from datamodules.streams import StreamLoader, Streams
 from lightning_t2i.errors import UserError
@@ -145,6 +148,26 @@ def test_finite_passes_are_in_order_complete_and_repeatable(make_data_set, worke
         assert len(loader) == len(first) == 9
         passes.append([records.label.tolist() for records in first])
     assert [label for parts in zip(*passes, strict=True) for part in parts for label in part] == list(range(50))
+
+
+@pytest.mark.parametrize("sizes", [None, Buckets(sizes=((8, 8), (8, 4)))])
+@pytest.mark.parametrize("consumed", [0, 11])
+def test_workers_share_the_plan_of_the_epoch_that_they_begin_in(make_data_set, monkeypatch, tmp_path, consumed, sizes):
+    def noted(text):
+        with (tmp_path / "planned").open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return keyed(text)
+
+    folder = make_data_set(n=120, size=lambda i: (8, 8 if i % 3 else 4))
+    monkeypatch.setattr("datamodules.order.keyed", noted)
+    data = as_rank(Streams(pictures(folder, buckets=sizes), workers=2), batches=consumed)
+    iterator = iter(data.train_dataloader())
+    for _ in range(4):
+        next(iterator)
+    assert set((tmp_path / "planned").read_text().split()) == {str(os.getpid())}
+    for _ in range(20):
+        next(iterator)
+    assert len(set((tmp_path / "planned").read_text().split())) == 3  # of the next one each makes its own
 
 
 def test_workers_report_bad_samples_and_the_limit_holds(make_data_set):

@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from data_sets import as_rank, write_data_set
+from range_server import serving
 from safetensors import safe_open
 from torch import nn
 
@@ -20,8 +22,10 @@ from datamodules import text_cache as module
 from datamodules.captioned import refuse_other_encoders
 from datamodules.encode import main
 from datamodules.image_text import ImageText
+from datamodules.index import main as index
 from datamodules.prompts import Prompts
 from datamodules.records import Shards
+from datamodules.remote import fetch
 from datamodules.retrieval import RetrievalPairs
 from datamodules.streams import Streams
 from datamodules.text_cache import (
@@ -35,6 +39,7 @@ from datamodules.text_cache import (
     text_cache,
 )
 from lightning_modules.diffusion import Diffusion
+from lightning_t2i.batch import Cond
 from lightning_t2i.errors import UserError
 from lightning_t2i.frozen import freeze
 from lightning_t2i.networks.text_encoder import TextEncoder
@@ -191,6 +196,42 @@ def test_a_killed_conversion_goes_on_where_it_was_and_shares_the_work(tmp_path, 
         assert (whole.folder / name).read_bytes() == (killed.folder / name).read_bytes()
     left = {file.name for file in killed.folder.iterdir()} - {".train.lock"}
     assert left == {*killed.names, "train.json"}
+
+
+@pytest.mark.parametrize("encoder", [PIXART, FLUX])
+def test_few_shards_of_embeddings_are_open_and_nothing_mapped_is_pickled(tmp_path, encoder, monkeypatch):
+    many, options = write_data_set(tmp_path / "many", 30, captions=words, samples_per_shard=3), TextCache(encoder)
+    encode_texts(many, "train", options, ["en"])
+    shards = Shards(many, "train")
+    whole = CachedTexts(shards, options, ["en"])
+    expected = whole(range(30), [0.5] * 30)
+    assert len(whole._files) == 10
+    monkeypatch.setattr(module, "MAPPED", 2)
+    few = CachedTexts(shards, options, ["en"])
+    for texts in (few, pickle.loads(pickle.dumps(few))):
+        found = texts(range(30), [0.5] * 30)
+        assert len(texts._files) == 2
+        for field in fields(Cond):
+            one, other = getattr(found, field.name), getattr(expected, field.name)
+            assert one is other or torch.equal(one, other), field.name
+    assert len(pickle.dumps(whole._null)) < 10_000 + 2 * sum(t.nbytes for t in whole._null.values())
+
+
+def test_captions_of_remote_shards_are_fetched_many_at_once(tmp_path, monkeypatch):
+    """Pictures of more than the gap between them: the captions of each sample are a piece of their own."""
+    monkeypatch.setattr("datamodules.extents.GAP", 0)
+    local, asked = write_data_set(tmp_path / "toy", 50, captions=words), []
+    with serving(local) as server:
+        names = [f"{server.url}/{path.name}" for path in sorted(local.glob("*.tar"))]
+        assert index([*names, "--out", str(tmp_path / "out"), "--name", "toy"]) == 0
+        monkeypatch.setattr(
+            "datamodules.extents.fetch", lambda ranges, options: asked.append(len(ranges)) or fetch(ranges, options)
+        )
+        target = encode_texts(tmp_path / "out", "train", TextCache(PIXART), ["en"])
+    assert asked == [16, 4, 16, 4, 10]  # of shards of 20 samples
+    encode_texts(local, "train", TextCache(PIXART), ["en"])
+    for file in target.glob("*.safetensors"):
+        assert file.read_bytes() == (local / target.name / file.name).read_bytes()
 
 
 def test_stale_embeddings_are_refused(folder, tmp_path):

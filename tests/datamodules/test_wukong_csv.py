@@ -113,6 +113,16 @@ def test_lists_of_words_are_cut_at_ends_of_lines_alone(tmp_path):
     assert _words(tmp_path / "words.txt") == ["坏\u2028词", "王小明"]
 
 
+def test_the_command_reads_words_that_no_caption_may_have_and_names_to_replace(tmp_path):
+    table = write(tmp_path / "a.csv", [row("坏词在这里", "http://1"), row("李雷的狗", "http://2")])
+    for name, word in (("sensitive", "坏词"), ("names", "李雷")):
+        (tmp_path / name).write_text(word, encoding="utf-8")
+    words = [w for name in ("sensitive", "names") for w in (f"--{name}", str(tmp_path / name))]
+    assert main([str(tmp_path / "out.csv"), str(table), *words]) == 0
+    with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as stream:
+        assert [found["caption"] for found in csv.DictReader(stream)] == ["<人名>的狗"]
+
+
 def test_the_command_says_what_it_left_out(tmp_path, capsys):
     table = write(tmp_path / "a.csv", [row("一只猫", "http://1"), row("cat", "http://2")])
     assert main([str(tmp_path / "out.csv"), str(table)]) == 0

@@ -101,7 +101,7 @@ def data(folder: Path, batch: int = 8, n: int = 4) -> Streams:
 def fit(folder: Path, module: ECAD, generations: int, ends: bool = False, **options: Any) -> L.Trainer:
     """Searches; only where it `ends` with comparisons and plots, which take longer than the search."""
     if not ends:
-        module.on_train_end = lambda: None
+        module.finish = lambda: None
     folder.mkdir(parents=True, exist_ok=True)
     resume = options.pop("resume", None)
     trainer = trainer_for(folder, generations, **options)

@@ -71,6 +71,19 @@ def heard(method: MethodModule) -> list[tuple[str, float]]:
     return losses
 
 
+def noted(method: MethodModule) -> dict[str, torch.Tensor]:
+    """The last value of each scalar that it will note."""
+    notes: dict[str, torch.Tensor] = {}
+    note = method.note
+
+    def listened(**scalars):
+        notes.update(scalars)
+        note(**scalars)
+
+    method.note = listened
+    return notes
+
+
 def states(method: MethodModule) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in method.state_dict().items()}
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import lightning as L
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _set_pg_timeout
 from toy import Toy, ToyData, trainer_for
 
 from callbacks.checkpoints import CheckpointOptions, Checkpoints
@@ -32,14 +31,15 @@ class BrokenData(ToyData):
 
 
 class Signal(L.Callback):
-    """Sends a signal to the process of one rank before its fourth training step; shortens the patience of all."""
+    """Sends a signal to the process of one rank before its fourth training step; writes how long each group waits."""
 
-    def __init__(self, rank: int, number: signal.Signals):
-        self.rank, self.number = rank, number
+    def __init__(self, rank: int, number: signal.Signals, saver: Checkpoints, file: Path):
+        self.rank, self.number, self.saver, self.file = rank, number, saver, file
 
     def on_train_start(self, trainer, module: MethodModule):
-        for group in [dist.group.WORLD, *module._device_mesh.get_all_groups()]:
-            _set_pg_timeout(timedelta(seconds=PATIENCE), group)
+        groups = [dist.group.WORLD, *module._device_mesh.get_all_groups(), self.saver.saving.ranks.group]
+        backends = [group._get_backend(torch.device("cpu")) for group in groups]
+        self.file.write_text(json.dumps([backend.options._timeout.total_seconds() for backend in backends]))
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if trainer.global_rank == self.rank and module.counters.step == 3:
@@ -57,7 +57,8 @@ def main() -> None:
         found = {"error": str(error), "step": broken.counters.step}
         (folder / f"nan-{rank}.json").write_text(json.dumps(found))
     saver = Checkpoints(folder / "checkpoints", CheckpointOptions(every=2))
-    trainer = trainer_for(folder, 8, shard=2, callbacks=[saver, Signal(hit, signal.Signals[name])])
+    hits = Signal(hit, signal.Signals[name], saver, folder / f"timeouts-{rank}.json")
+    trainer = trainer_for(folder, 8, shard=2, callbacks=[saver, hits], timeout=timedelta(seconds=PATIENCE))
     trainer.fit(Toy(), ToyData(), weights_only=True)
 
 

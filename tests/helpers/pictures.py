@@ -34,11 +34,11 @@ class PictureStream(Stream):
     """The same pictures as a stream of `Streams`.
 
     Args:
-        label: give classes as well.
+        label, caption: give classes, captions.
     """
 
-    def __init__(self, batch_size: int = 4, side: int = 16, label: bool = True):
-        self.batch_size, self.side, self.label = batch_size, side, label
+    def __init__(self, batch_size: int = 4, side: int = 16, label: bool = True, caption: bool = True):
+        self.batch_size, self.side, self.label, self.caption = batch_size, side, label, caption
 
     def setup(self) -> None:
         pass
@@ -56,7 +56,7 @@ class PictureStream(Stream):
             id=torch.cat([r.id for r in found]),
             position=positions,
             image=torch.cat([r.image for r in found]),
-            caption=[r.caption[0] for r in found],
+            caption=[r.caption[0] for r in found] if self.caption else None,
             label=torch.cat([r.label for r in found]) if self.label else None,
         )
 

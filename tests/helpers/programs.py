@@ -41,8 +41,12 @@ def _begin(script: str, arguments: list[str], settings: dict[str, Any]) -> None:
             opened = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             os.dup2(opened, descriptor)
             os.close(opened)
-    sys.argv = [script, *arguments]
-    sys.path[:0] = [str(Path(script).parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    of_module = script == "-m"
+    sys.argv = arguments if of_module else [script, *arguments]
+    sys.path[:0] = [
+        "" if of_module else str(Path(script).parent),
+        *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)),
+    ]
     from lightning.fabric.strategies.launchers import subprocess_script as of_fabric
     from lightning.pytorch.strategies.launchers import subprocess_script as of_lightning
 
@@ -52,13 +56,19 @@ def _begin(script: str, arguments: list[str], settings: dict[str, Any]) -> None:
     for launcher in (of_fabric, of_lightning):  # of the other processes of a training
         launcher.subprocess = sys.modules[__name__]
     try:
-        runpy.run_path(script, run_name="__main__")
+        if of_module:
+            runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(script, run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # which a child of multiprocessing would leave out
 
 
 class Popen:
-    """subprocess.Popen for [sys.executable, script, arguments ...]; output goes to files and never blocks."""
+    """subprocess.Popen for [sys.executable, script, arguments ...], or -m and a module instead of the script.
+
+    Output goes to files and never blocks.
+    """
 
     def __init__(
         self,
@@ -76,7 +86,7 @@ class Popen:
             for stream in (stdout, stderr)
         ]
         files = [
-            piped.name if piped else kept if stream is None else getattr(stream, "name", None)
+            piped.name if piped else kept if stream is None else getattr(stream, "name", os.devnull)
             for stream, piped, kept in zip((stdout, stderr), self._piped, _outputs, strict=True)
         ]
         if stderr == subprocess.STDOUT:
@@ -130,10 +140,13 @@ class Popen:
         self.wait()
 
 
-PIPE, STDOUT, TimeoutExpired = subprocess.PIPE, subprocess.STDOUT, subprocess.TimeoutExpired
+PIPE, STDOUT, DEVNULL = subprocess.PIPE, subprocess.STDOUT, subprocess.DEVNULL
+TimeoutExpired = subprocess.TimeoutExpired
 
 
-def run(command: Sequence[Any], timeout: float = 240, **settings: Any) -> subprocess.CompletedProcess[str]:
+def run(
+    command: Sequence[Any], timeout: float = 240, capture_output: bool = True, **settings: Any
+) -> subprocess.CompletedProcess[str]:
     """subprocess.run with captured text; a program that is too slow is killed with all that it started."""
     process = Popen(command, stdout=PIPE, stderr=PIPE, start_new_session=True, **settings)
     try:

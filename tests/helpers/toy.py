@@ -179,7 +179,8 @@ class KilledSave(AtomicCheckpointIO):
 
 def trainer_for(folder: Path, steps: int, replicate: int = 1, shard: int = 1, io=None, **kwargs) -> L.Trainer:
     plain = replicate * shard == 1 and not kwargs.pop("fsdp", False)
-    strategy = "auto" if plain else FSDP2(replicate, shard)
+    patience = {"timeout": kwargs.pop("timeout")} if "timeout" in kwargs else {}
+    strategy = "auto" if plain else FSDP2(replicate, shard, **patience)
     if not plain and io is not None:
         strategy.checkpoint_io = io
     return L.Trainer(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distilling import heard, same, states, update
+from distilling import heard, noted, same, states, update
 from kills import what_a_kill_changes
 from pictures import PictureStream, fit
 from tiny_networks import pipeline_folder
@@ -78,13 +78,13 @@ def test_P9_every_fifth_step_updates_the_student_and_every_step_the_fake(tmp_pat
         hashes.append((weights_hash(self.student), weights_hash(self.fake)))
 
     method.training_step = watched.__get__(method)
-    trained(tmp_path, method, data(prompts, PictureStream(2), size=2), 100)
+    trained(tmp_path, method, data(prompts, PictureStream(2), size=2), 21)
     updates = {name: group.updates for name, group in method.groups.items()}
-    assert updates == {"student": 20, "fake": 100, "discriminator": 100}
+    assert updates == {"student": 5, "fake": 21, "discriminator": 21}
     students, fakes = zip(*hashes, strict=True)
-    changed = [k for k in range(1, 100) if students[k] != students[k - 1]]
-    assert changed == list(range(5, 100, 5)) and len(set(students)) == 20  # the first update is within step 0
-    assert len(set(fakes)) == 100
+    changed = [k for k in range(1, 21) if students[k] != students[k - 1]]
+    assert changed == [5, 10, 15, 20] and len(set(students)) == 5  # the first update is within step 0
+    assert len(set(fakes)) == 21
 
 
 def test_steps_without_the_student_use_new_samples_and_no_teacher(tmp_path, sd, prompts) -> None:
@@ -258,9 +258,7 @@ def test_forward_units_with_a_discriminator(tmp_path, sd, prompts, real_size) ->
 
 def test_signals_of_the_discriminator(tmp_path, sd, prompts) -> None:
     method = method_of(sd, gan_weight=0.1, common=MethodOptions(log_every=1))
-    notes: dict[str, torch.Tensor] = {}
-    note = method.note
-    method.note = lambda **scalars: (notes.update(scalars), note(**scalars))[1]
+    notes = noted(method)
     fit(tmp_path, method, 1, data(prompts, PictureStream()), val_check_interval=1)
     names = {"student/adversarial", "discriminator/fake", "discriminator/real", "student/gap", "fake/loss"}
     assert names <= notes.keys() and all(0 <= float(notes[f"discriminator/{n}"]) <= 1 for n in ("fake", "real"))
@@ -409,6 +407,18 @@ def test_recomputed_blocks_use_their_own_adapter(sd, prompts, role) -> None:
         torch.testing.assert_close(recomputed, plain)
 
 
+def test_adapters_have_the_factor_and_the_layers_that_are_asked_for(sd) -> None:
+    targets = ["to_q", "to_v", "proj_in", "conv1", "time_emb_proj"]  # layers of SDXL's recipe: linear and convolutions
+    plain, method = adapted(sd), adapted(sd, lora_alpha=0.5, lora_targets=targets)
+    layers = [
+        name.split(".lora_A")[0].rsplit(".", 1)[1] for name in method.groups["student"].names if ".lora_A" in name
+    ]
+    assert set(layers) == set(targets)
+    assert not {"proj_in", "conv1"} & {part for name in plain.groups["student"].names for part in name.split(".")}
+    scale = {m.scaling["fake"] for m in method.fake.backbone.modules() if hasattr(m, "scaling")}
+    assert scale == {0.25}  # alpha / rank
+
+
 def test_the_backbone_under_adapters_may_be_bf16(tmp_path, sd, prompts) -> None:
     method = adapted(sd, base_precision="bf16")
     kinds = {("lora" in n): p.dtype for n, p in method.student.backbone.named_parameters()}
@@ -506,6 +516,8 @@ def usual(losses) -> list[tuple]:
         {"discriminator_weight": 0.5},
         {"discriminator": update(clip=1e-4)},
         {"lora_rank": 2},
+        {"lora_rank": 2, "lora_alpha": 8.0},
+        {"lora_rank": 2, "lora_targets": ["to_q", "conv1"]},
         {"lora_rank": 2, "base_precision": "bf16"},
         {"guidance": 1.5},
         {"student": update(every=2)},
@@ -515,7 +527,7 @@ def usual(losses) -> list[tuple]:
 def test_every_option_changes_the_training(losses, usual, options) -> None:
     found = losses(**options)
     assert found != usual
-    if "base_precision" in options:
+    if len(options) > 1:
         assert found != losses(lora_rank=2)
 
 
@@ -545,10 +557,36 @@ def test_missing_real_pictures_are_refused_before_training(tmp_path, sd, edm, pr
         with pytest.raises(UserError, match="needs real pictures"):
             trained(tmp_path, method, data(prompts), 1)
         assert method.counters.step == 0
-    method = method_of(edm, guidance=1.0, gan_weight=0.1)
-    with pytest.raises(UserError, match="need labels"):
-        trained(tmp_path, method, data(prompts, PictureStream(side=8, label=False)), 1)
-    assert method.counters.step == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "message"),
+    [
+        ("edm", {"label": False}, "need labels"),
+        ("edm", {"side": 16}, "another size than samples"),
+        ("sd", {"side": 8}, "another size than samples"),
+        ("sd", {"caption": False}, "need captions"),
+    ],
+    ids=named,
+)
+@pytest.mark.parametrize("later", [{"gan_weight": {0: 0.0, 2: 0.1}}, {"backward_simulation": False}], ids=named)
+def test_unusable_real_pictures_are_told_in_the_first_step(
+    request, tmp_path, prompts, kind, wrong, message, later
+) -> None:
+    times = {"edm": [80.0, 2.0], "sd": TIMES}[kind] if "backward_simulation" in later else None
+    method = method_of(request.getfixturevalue(kind), guidance=1.0, student_times=times, **later)
+    with pytest.raises(UserError, match=message) as error:
+        trained(tmp_path, method, data(prompts, PictureStream(**{"side": {"edm": 8, "sd": 16}[kind], **wrong})), 1)
+    assert "data.real" in str(error.value) and method.counters.step == 0
+
+
+def test_times_at_which_there_is_only_data_are_refused(sd, edm) -> None:
+    for source, times in ((edm, [80.0, 0.0]), (edm, [90.0, 2.0]), (sd, [999.5, 0.0])):
+        with pytest.raises(UserError, match="Not a student's time"):
+            method_of(source, guidance=1.0, student_times=times).configure_model()
+    method = method_of(sd, student_times=[999.0, 0.0])  # with DDPM there is noise at its first time
+    method.configure_model()
+    assert float(method.process.alpha_sigma(torch.tensor(0), torch.float64)[1]) > 0
 
 
 def test_a_discriminator_needs_a_unet(tmp_path) -> None:
@@ -631,11 +669,16 @@ def on_ranks(rank: int, source: str, prompts: str, folder: str, shard: int, prec
     return states(method)
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, sd, prompts) -> dict:
+    return on_ranks(0, sd, prompts, str(tmp_path_factory.mktemp("one")), 1, "fp32")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_one_and_two_processes_agree(tmp_path, sd, prompts, ranks, precision) -> None:
+def test_one_and_two_processes_agree(tmp_path, sd, prompts, ranks, alone, precision) -> None:
     """Accumulation included: the student's term passes through the fake network and leaves no sums there."""
-    one = on_ranks(0, sd, prompts, str(tmp_path / "one"), 1, "fp32")
+    one = alone
     start = DMD2(sd, gan_weight=0.3)
     start.configure_model()
     before = states(start)

@@ -16,7 +16,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from fluid_parts import LENGTH, SIDE, built, fluid, parts
+from fluid_parts import CODES, LENGTH, SIDE, built, fluid, parts
 from pictures import Pictures, fit, records
 from torch import Tensor
 from weights import weights_hash
@@ -107,14 +107,42 @@ def test_dropped_captions_are_the_null_text(folder) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "facts"),
+    [
+        ({"order": "raster"}, {"order": "raster"}),
+        ({"head": "flow"}, {"head": "flow"}),
+        ({"head": "regression"}, {"head": "regression"}),
+        ({"head": "categorical"}, {"head": "categorical", "vocabulary": CODES}),
+        ({"head_options": {"variance": "large"}}, {"head_options": {"variance": "large"}}),
+        ({"patch": 2}, {"channels": 16, "length": 16}),
+    ],
+    ids=str,
+)
+def test_each_option_of_the_network_is_built_into_it(folder, options, facts) -> None:
+    networks = []
+    for given in ({}, options):
+        method = fluid(folder, **given)
+        method.configure_model()
+        networks.append(method.transformer)
+    base, network = networks
+    assert {name: network.config[name] for name in facts} == facts
+    assert all(base.config[name] != value for name, value in facts.items())
+    shapes = [{name: tensor.shape for name, tensor in n.state_dict().items()} for n in networks]
+    assert (shapes[0] == shapes[1]) == ("order" in options)  # which is in no weight: the next test is for it
+
+
+@pytest.fixture(scope="module")
+def usual(folder, tmp_path_factory) -> dict[str, Tensor]:
+    """Weights after three training steps."""
+    method = fluid(folder)
+    fit(tmp_path_factory.mktemp("usual"), method, 3, Pictures(batch_size=8), limit_val_batches=0)
+    return states(method)
+
+
+@pytest.mark.parametrize(
     "options",
     [
         {"order": "raster"},
-        {"head": "flow"},
-        {"head": "regression"},
-        {"head": "categorical"},
-        {"head_options": {"variance": "large"}},
-        {"patch": 2},
         {"copies": 1},
         {"null_probability": 0.9},
         {"mask": MaskLaw("truncnorm", 4)},
@@ -125,12 +153,18 @@ def test_dropped_captions_are_the_null_text(folder) -> None:
     ],
     ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items())[:30],
 )
-def test_each_training_option_changes_the_result(folder, tmp_path, options) -> None:
-    base, changed = fluid(folder), fluid(folder, **options)
-    for method in (base, changed):
-        fit(tmp_path, method, 3, Pictures(batch_size=8), limit_val_batches=0)
-    a, b = base.state_dict(), changed.state_dict()
-    assert a.keys() != b.keys() or any(a[k].shape != b[k].shape or not torch.equal(a[k], b[k]) for k in a)
+def test_each_training_option_changes_the_result(folder, tmp_path, usual, options) -> None:
+    method = fluid(folder, **options)
+    fit(tmp_path, method, 3, Pictures(batch_size=8), limit_val_batches=0)
+    changed = states(method)
+    assert changed.keys() == usual.keys()
+    assert any(not torch.equal(changed[name], tensor) for name, tensor in usual.items())
+
+
+def test_the_usual_training_is_the_same_again(folder, tmp_path, usual) -> None:
+    method = fluid(folder)
+    fit(tmp_path, method, 3, Pictures(batch_size=8), limit_val_batches=0)
+    assert all(torch.equal(tensor, usual[name]) for name, tensor in states(method).items())
 
 
 def test_trimmed_captions_and_recomputed_activations_change_nothing(folder) -> None:
@@ -513,11 +547,17 @@ def on_ranks(rank: int, source: str, folder: str, replicate: int, shard: int, pr
     return {**states(method), **values}
 
 
+@pytest.fixture(scope="module")
+def alone(folder, tmp_path_factory) -> dict[str, Tensor]:
+    """What one process trained."""
+    return on_ranks(0, str(folder), str(tmp_path_factory.mktemp("one")), 1, 1, "fp32")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "precision"), [((2, 1), "fp32"), ((1, 2), "fp32"), ((1, 2), "bf16")])
-def test_P16_one_and_two_processes_agree(tmp_path, folder, ranks, mesh, precision) -> None:
+def test_P16_one_and_two_processes_agree(tmp_path, folder, ranks, alone, mesh, precision) -> None:
     """Masked tokens are counted over both: with strata of 1 their halves of a batch have different numbers of them."""
-    one = on_ranks(0, str(folder), str(tmp_path / "one"), 1, 1, "fp32")
+    one = alone
     assert "val/eps_mse" in one
     for two in ranks(on_ranks, str(folder), str(tmp_path / "two"), *mesh, precision):
         close = {"rtol": 1e-4, "atol": 1e-5} if precision == "fp32" else {"rtol": 0.05, "atol": 0.01}

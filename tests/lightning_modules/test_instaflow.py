@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from pictures import fit
 from safetensors.torch import save_file
 from tiny_networks import pipeline_folder
 from torch import Tensor, nn
+from toy import trainer_for
 from weights import weights_hash
 
 from datamodules.pairs import Pairs
@@ -23,6 +26,8 @@ from lightning_modules.instaflow import InstaFlow, OneStep, Points, Reflow
 from lightning_modules.rfpp import RFpp, pseudo_huber
 from lightning_modules.teacher import Teacher
 from lightning_t2i.batch import Records
+from lightning_t2i.checkpoints.ranks import ALONE
+from lightning_t2i.checkpoints.sharded import write_sharded
 from lightning_t2i.claims.instaflow_toy import crossings, energy_distance, flows
 from lightning_t2i.cli.configs import merge
 from lightning_t2i.errors import UserError
@@ -39,7 +44,7 @@ from lightning_t2i.processes import DDPM, EDM, Process, RectifiedFlow, UShaped, 
 from lightning_t2i.processes.schedulers import to_scheduler
 from lightning_t2i.processes.weights import squares
 from lightning_t2i.protocols import Exports, Generates
-from lightning_t2i.state_io import AtomicCheckpointIO
+from lightning_t2i.state_io import AtomicCheckpointIO, write_folder
 
 # ---- closed forms; s is the paper's time, 0 for noise and 1 for data -------------------------------------------------
 
@@ -422,9 +427,10 @@ def test_P12_a_run_goes_on_in_larger_batches_with_its_optimizer_or_without(tmp_p
     options = {"student": update(ema=EMAOptions(decay=0.9))}
     saved = checkpoint_of(tmp_path / "a", reflow(sd, **options), data(prompts, sd_pairs, sd))
     state = AtomicCheckpointIO().load_checkpoint(saved)
+    write_folder(tmp_path / "cut", 3, "sharded", lambda into: write_sharded(state, into, ALONE))  # the other form
     found = {}
-    for kept in (True, False):
-        method = reflow(sd, **options, start=str(saved), start_optimizer=kept)
+    for kept, place in ((True, tmp_path / "cut"), (False, saved)):
+        method = reflow(sd, **options, start=str(place), start_optimizer=kept)
         method.on_train_start = _noting(method, found, kept)
         trained(tmp_path / str(kept), method, data(prompts, sd_pairs, sd, size=8), 1)
         assert method.counters.samples == 8 and method.counters.step == 1
@@ -433,6 +439,24 @@ def test_P12_a_run_goes_on_in_larger_batches_with_its_optimizer_or_without(tmp_p
         assert updates in (3, 0)
     assert (found[True][1], found[False][1]) == (3, 0)
     assert found[True][2] > 0 and found[False][2] == 0
+
+
+def test_P12_a_resumed_run_does_not_begin_again_where_it_started(tmp_path, sd, sd_pairs, prompts) -> None:
+    def stage() -> Reflow:
+        return reflow(sd, start=str(saved), student=update(ema=EMAOptions(decay=0.9)))
+
+    streams = data(prompts, sd_pairs, sd)
+    saved = checkpoint_of(tmp_path / "a", reflow(sd, student=update(ema=EMAOptions(decay=0.9))), streams)
+    whole = trained(tmp_path / "whole", stage(), data(prompts, sd_pairs, sd), 4)
+    half = fit(tmp_path / "half", stage(), 2, data(prompts, sd_pairs, sd), limit_val_batches=0)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    again = stage()
+    trainer = trainer_for(
+        tmp_path, 4, max_epochs=-1, check_val_every_n_epoch=None, num_sanity_val_steps=0, limit_val_batches=0
+    )
+    trainer.fit(again, data(prompts, sd_pairs, sd), ckpt_path=str(tmp_path / "half.ckpt"), weights_only=True)
+    assert again.counters.step == 4
+    same(states(again), states(whole))
 
 
 def _noting(method: InstaFlow, found: dict, kept: bool):
@@ -634,9 +658,10 @@ def test_the_sampler_of_improved_reflow_takes_the_first_noise_again(sd, metrics)
         for t in (2 / 3, 1 / 3):
             expected = method.student.x0((1 - t) * expected + t * z, torch.full((2,), t), cond)
     torch.testing.assert_close(method.couple(z, cond, 3, 1.0), expected, rtol=1e-4, atol=1e-3)
-    method.sampler = "euler"
-    torch.testing.assert_close(method.couple(z, cond, 3, 1.0), sample(method.student, z, cond, 3, 1.0, "euler"))
-    assert not torch.allclose(method.couple(z, cond, 3, 1.0), expected, atol=1e-2)
+    other = reflow(sd, RFpp, sampler="euler", **options).eval()
+    other.configure_model()
+    torch.testing.assert_close(other.couple(z, cond, 3, 1.0), sample(method.student, z, cond, 3, 1.0, "euler"))
+    assert not torch.allclose(other.couple(z, cond, 3, 1.0), expected, atol=1e-2)
 
 
 # ---- cost, watching, results -----------------------------------------------------------------------------------------
@@ -779,10 +804,16 @@ def on_ranks(rank: int, source: str, pairs: str, prompts: str, folder: str, repl
     return states(method)
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, sd, sd_pairs, prompts) -> Callable[[str], dict]:
+    """What one process trains of a kind of student."""
+    return cache(lambda kind: on_ranks(0, sd, sd_pairs, prompts, str(tmp_path_factory.mktemp(f"{kind}-one")), 1, 1))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "mesh"), [("reflow", (2, 1)), ("reflow", (1, 2)), ("stacked", (1, 2))], ids=str)
-def test_one_and_two_processes_agree(tmp_path, sd, sd_pairs, prompts, ranks, kind, mesh) -> None:
-    one = on_ranks(0, sd, sd_pairs, prompts, str(tmp_path / f"{kind}-one"), 1, 1)
+def test_one_and_two_processes_agree(tmp_path, sd, sd_pairs, prompts, ranks, alone, kind, mesh) -> None:
+    one = alone(kind)
     for two in ranks(on_ranks, sd, sd_pairs, prompts, str(tmp_path / f"{kind}-two"), *mesh):
         same(two, one, rtol=1e-4, atol=1e-5)
     assert len(one) > 10

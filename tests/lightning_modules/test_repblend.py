@@ -7,13 +7,27 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from pictures import PictureStream, fit
-from repblend_parts import BATCH, PAIRS, SIDE, STEPS, Problem, encoders, experts, repblend, streams, trained
-from safetensors.torch import load_file
+from repblend_parts import (
+    BATCH,
+    PAIRS,
+    SIDE,
+    STEPS,
+    Problem,
+    TwoCaptions,
+    encoders,
+    experts,
+    repblend,
+    sgd,
+    streams,
+    trained,
+)
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 from weights import weights_hash
@@ -22,6 +36,7 @@ from datamodules.streams import Streams
 from lightning_modules.experts import FOLDER, Course, Recipe, Trajectories, save_experts
 from lightning_modules.experts import trained as descended
 from lightning_modules.repblend import RepBlend
+from lightning_t2i import retrieval_student
 from lightning_t2i.blending import Blending, Plan, blend
 from lightning_t2i.cli.configs import merge
 from lightning_t2i.cli.restore import constructed
@@ -37,6 +52,7 @@ from lightning_t2i.options import MethodOptions
 from lightning_t2i.pair_features import PairFeatures
 from lightning_t2i.paths import ROOT
 from lightning_t2i.protocols import Exports
+from lightning_t2i.retrieval_student import Protocol, TrainingSet
 from lightning_t2i.soft_contrast import OBJECTIVES, similarity, wbce
 from lightning_t2i.state_io import AtomicCheckpointIO
 from lightning_t2i.synthetic_set import SyntheticSet
@@ -404,10 +420,86 @@ def test_experts_that_go_on_leave_the_same_files(tmp_path):
     assert [f.read_bytes() for f in whole] == [f.read_bytes() for f in again]
 
 
+def test_experts_that_were_killed_at_their_end_leave_their_files_when_resumed(tmp_path):
+    fit(tmp_path, experts(tmp_path), 4, streams(), limit_val_batches=0).save_checkpoint(tmp_path / "end.ckpt")
+    files = {file: file.read_bytes() for file in (tmp_path / FOLDER).glob("expert-*")}
+    for file in files:
+        file.unlink()
+    fit_from(tmp_path, experts(tmp_path), 4, tmp_path / "end.ckpt")
+    assert len(files) == 2 and all(file.read_bytes() == content for file, content in files.items())
+
+
 def test_experts_validate(tmp_path):
     module = experts(tmp_path)
     trainer = fit(tmp_path, module, 2, streams(), val_check_interval=2)
     assert 0 < float(trainer.callback_metrics["val/loss"]) < 10
+
+
+def test_the_update_of_the_heads_is_an_option(tmp_path):
+    still, usual = experts(tmp_path, heads=sgd(0.0)), experts(tmp_path)
+    for module in (still, usual):
+        fit(tmp_path, module, 1, streams(), limit_val_batches=0)
+    initial = still.student.initial(Keys(4).fork("experts"), torch.arange(2))
+    assert torch.equal(still.state_dict()["heads.image"], initial[0])
+    assert not torch.equal(usual.state_dict()["heads.image"], initial[0])
+
+
+def test_more_processes_than_experts_are_refused_by_all(tmp_path, monkeypatch):
+    module = experts(tmp_path, count=2)
+    module.configure_model()
+    monkeypatch.setattr(type(module), "trainer", SimpleNamespace(world_size=3))
+    with pytest.raises(UserError, match="A process has no expert"):
+        module.on_fit_start()
+
+
+def test_real_pairs_are_encoded_once_and_pictures_read_no_more(tmp_path, monkeypatch):
+    module = experts(tmp_path)
+    module.configure_model()
+    seen: list[int] = []
+    module.image.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    fetch = TwoCaptions.fetch
+    monkeypatch.setattr(TwoCaptions, "fetch", lambda self, rows, at: (read.append(len(rows)), fetch(self, rows, at))[1])
+    read: list[int] = []
+    first = features_of(module)
+    assert seen == [16] and sum(read) == 17  # the first one is looked at before
+    read.clear()
+    again = features_of(module)
+    assert seen == [16] and read == [1]
+    assert again.captions == first.captions and len(again.captions) == 32 == len(set(again.captions))
+    assert again.owner.tolist() == [row for row in range(16) for _ in range(2)]
+    assert all(torch.equal(getattr(first, name), getattr(again, name)) for name in ("images", "texts"))
+    (file,) = (tmp_path / "data").rglob("features-*.safetensors")
+    save_file({name: tensor for name, tensor in load_file(file).items() if name in ("images", "texts")}, file)
+    assert features_of(module).captions == first.captions  # a file without captions is made anew
+    assert seen == [16, 16]
+
+
+def rank_features(rank: int, folder: str) -> dict[str, Any]:
+    module = experts(Path(folder))
+    module.configure_model()
+    seen: list[int] = []
+    module.image.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    found = features_of(module)
+    return {"seen": sum(seen), "images": found.images, "captions": found.captions}
+
+
+def test_one_process_encodes_real_pairs_for_both(tmp_path, ranks):
+    encoders(tmp_path)
+    first, second = ranks(rank_features, str(tmp_path))
+    assert (first["seen"], second["seen"]) == (16, 0)
+    assert torch.equal(first["images"], second["images"]) and first["captions"] == second["captions"]
+
+
+@pytest.fixture(scope="module")
+def experts_alone(tmp_path_factory) -> dict[str, Tensor]:
+    return alone(rank_experts, tmp_path_factory.mktemp("experts"))
+
+
+def alone(train: Any, folder: Path) -> dict[str, Tensor]:
+    """What one process trains, in a folder with features of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIGHTNING_T2I_DATA", str(folder / "data"))
+        return train(0, str(folder), 1, 1)
 
 
 def rank_experts(rank: int, folder: str, replicate: int, shard: int) -> dict[str, Tensor]:
@@ -425,8 +517,8 @@ def rank_experts(rank: int, folder: str, replicate: int, shard: int) -> dict[str
 
 
 @pytest.mark.parametrize("mesh", [(2, 1), (1, 2)], ids=str)
-def test_one_and_two_processes_train_the_same_experts(tmp_path, ranks, mesh):
-    one = rank_experts(0, str(tmp_path), 1, 1)
+def test_one_and_two_processes_train_the_same_experts(tmp_path, ranks, experts_alone, mesh):
+    one = experts_alone
     for two in ranks(rank_experts, str(tmp_path), *mesh):
         for name, tensor in one.items():
             torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6)
@@ -551,19 +643,31 @@ def rank_repblend(rank: int, folder: str, replicate: int, shard: int) -> dict[st
     return module.state_dict()
 
 
+@pytest.fixture(scope="module")
+def set_alone(tmp_path_factory) -> dict[str, Tensor]:
+    return alone(rank_repblend, tmp_path_factory.mktemp("set"))
+
+
 @pytest.mark.parametrize("mesh", [(2, 1), (1, 2)], ids=str)
-def test_one_and_two_processes_agree_over_as_many_segments(tmp_path, ranks, mesh):
-    one = rank_repblend(0, str(tmp_path), 1, 1)
+def test_one_and_two_processes_agree_over_as_many_segments(tmp_path, ranks, set_alone, mesh):
+    one = set_alone
     for two in ranks(rank_repblend, str(tmp_path), *mesh):
         for name, tensor in one.items():
             torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_segments_of_a_step_are_averaged(tmp_path):
-    single, double = (repblend(tmp_path, MethodOptions(accumulate=n)) for n in (1, 2))
-    trained(tmp_path, single, 1)
-    trained(tmp_path, double, 1)
-    assert not torch.equal(single.state_dict()["images.pixels"], double.state_dict()["images.pixels"])
+    class Second(RepBlend):
+        global_rank = 1  # takes the second segment of a step
+
+    first, second, both = (repblend(tmp_path, MethodOptions(accumulate=n)) for n in (1, 1, 2))
+    second.__class__ = Second
+    for module in (first, second, both):
+        trained(tmp_path, module, 1)
+    for name in ("images.pixels", "texts.vectors", "similarity.a"):  # plain descent from the same place
+        one, other, found = (module.state_dict()[name] for module in (first, second, both))
+        torch.testing.assert_close(found, (one + other) / 2, rtol=1e-4, atol=1e-6)
+        assert float((one - other).abs().max()) > 1e-4
 
 
 def test_frozen_encoders_stay_as_they_are_and_out_of_the_checkpoint(tmp_path):
@@ -662,6 +766,21 @@ def test_options_of_shape_decide_what_is_trained(tmp_path, option, numbers):
     assert option.get("target") is None or found == numbers
 
 
+def test_alpha_is_an_option_of_the_training(usual, tmp_path):
+    module = repblend(usual[0], alpha=1.0)
+    trained(tmp_path, module, 1)
+    assert not torch.equal(module.state_dict()["similarity.right"], usual[1]["similarity.right"])
+
+
+@pytest.mark.parametrize(("protocol", "retrievals"), [(Protocol(3, 1, every=1), 6), (Protocol(1, 4, every=2), 3)])
+def test_the_protocol_decides_how_the_set_is_measured(usual, tmp_path, monkeypatch, protocol, retrievals):
+    seen = []
+    retrieve = retrieval_student.retrieve
+    monkeypatch.setattr(retrieval_student, "retrieve", lambda *given: (seen.append(1), retrieve(*given))[1])
+    trained(tmp_path, repblend(usual[0], protocol=protocol), 1, val=2, val_check_interval=1)
+    assert len(seen) == retrievals
+
+
 def test_alpha_scales_the_factors():
     low, high = (Problem(alpha=alpha).loss()(0, Problem().segment.start).item() for alpha in (0.1, 3.0))
     assert low != high
@@ -700,6 +819,11 @@ def test_validation_and_test_report_recalls_and_collapse(tmp_path):
     trainer = trained(tmp_path, module, 2, val=2, val_check_interval=2)
     names = {"val/mean", "val/last/t2i/r1", "val/reference/mean", "val/collapse/gap", "val/collapse/stripes"}
     assert names <= trainer.callback_metrics.keys()
+    real = TrainingSet.of_pairs(module.known, torch.arange(len(module.known)))  # fewer than are drawn: all of them
+    usual = threshold(*module.student.embed(module.judge, real.images, real.texts))
+    pairs = module.training_set()
+    expected = concentration(*module.student.embed(module.judge, pairs.images, pairs.texts), usual)
+    assert float(trainer.callback_metrics["val/collapse/cr42"]) == pytest.approx(expected, abs=1e-3)
     for name in ("pairs-before.png", "pairs-after.png", "embeddings-before.png", "embeddings-after.png"):
         assert (tmp_path / name).stat().st_size > 1000
     trainer.test(module, streams(), verbose=False)
@@ -745,6 +869,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "objective": ({"objective": "triplet"}, "objective"),
     "batch": ({"inner_batch": 99}, "inner batch"),
     "steps": ({"inner_steps": 0}, "at least 1"),
+    "chunk": ({"chunk": 0}, "at least 1"),
     "precision": ({"common": MethodOptions(precision="bf16")}, "float32"),
 }
 
@@ -773,6 +898,12 @@ def test_options_of_parts_are_checked(tmp_path):
         encoders(tmp_path, temperature=0.0)
     with pytest.raises(UserError, match="expert"):
         experts(tmp_path, count=0)
+    for name in ("nets", "batch_size", "every"):
+        with pytest.raises(UserError, match=f"protocol.{name}"):
+            Protocol(**{name: 0})
+    for name in ("count", "epochs", "batch_size"):
+        with pytest.raises(UserError, match=f"recipe.{name}"):
+            Recipe(**{name: 0})
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -820,7 +951,7 @@ def test_a_stream_without_all_captions_and_encoders_that_are_none_are_refused(tm
         fit(tmp_path, repblend(tmp_path), 1, bare, limit_val_batches=0)
     with pytest.raises(UserError, match="random weights"):
         repblend(tmp_path, encoders=replace(encoders(tmp_path), image="nfnet_l0")).configure_model()
-    with pytest.raises(UserError, match="no weights here"):
+    with pytest.raises(UserError, match="(?s)no weights here.*nfnet_l0.ra2_in1k"):
         found = replace(encoders(tmp_path), image="nfnet_l0", image_weights="nowhere.safetensors")
         repblend(tmp_path, encoders=found).configure_model()
     with pytest.raises(UserError, match="Not a text encoder"):

@@ -27,9 +27,11 @@ from lightning_modules.dmd2 import DMD2
 from lightning_modules.ecad import ECAD
 from lightning_modules.fluid import Fluid
 from lightning_modules.swiftbrush import SwiftBrush
+from lightning_modules.swiftbrush_v2 import SwiftBrushV2
 from lightning_modules.teacher import Teacher
 from lightning_modules.wukong import Wukong
 from lightning_t2i.errors import UserError
+from lightning_t2i.networks.chinese_tokenizer import VOCABULARY
 from lightning_t2i.paths import ROOT
 from lightning_t2i.token_sampling import Sampling
 
@@ -37,20 +39,28 @@ from lightning_t2i.token_sampling import Sampling
 pytestmark = pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument is deprecated")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SD, PIXART, PARTS, FLUID, CLIP = (f"owner/{name}" for name in ("sd", "pixart", "parts", "fluid", "clip"))
+WORDS = "owner/words"
 
 
 @pytest.fixture(autouse=True)
 def hub(tmp_path: Path, monkeypatch: Any) -> None:
-    """Folders of assets/tiny as repositories whose branch v1 was fetched."""
-    for source in (SD, PIXART, PARTS, FLUID, CLIP):
+    """Folders of assets as repositories whose branch v1 was fetched."""
+    for source in (SD, PIXART, PARTS, FLUID, CLIP, WORDS):
         name = source.removeprefix("owner/")
         place = tmp_path / "hub" / f"models--owner--{name}"
         for folder in ("refs", "snapshots"):
             (place / folder).mkdir(parents=True)
         (place / "refs" / "v1").write_text(COMMIT)
-        (place / "snapshots" / COMMIT).symlink_to(ROOT / "assets" / "tiny" / name.replace("parts", "pixart"))
+        tiny = ROOT / "assets" / "tiny" / name.replace("parts", "pixart")
+        (place / "snapshots" / COMMIT).symlink_to(ROOT / VOCABULARY if source == WORDS else tiny)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def pinned(kind: Any, source: str, **options: Any) -> Callable[..., Any]:
+    """A method whose further hub ids are read at v1."""
+    own = {f"{name}_revision": "v1" for name, value in options.items() if str(value).startswith("owner/")}
+    return partial(kind, source, **options, **own)
 
 
 METHODS: dict[str, Callable[..., Any]] = {
@@ -66,8 +76,9 @@ METHODS: dict[str, Callable[..., Any]] = {
     "DeMe-backbone": partial(DeMe, PIXART, backbone=PIXART),
     "ECAD": partial(ECAD, PIXART),
     "ECAD-parts": partial(ECAD, PIXART, parts=PARTS),
-    "Fluid": partial(Fluid, FLUID, codec=SD, text=PIXART, head="flow", patch=2, size=32, sampling=Sampling(16)),
-    "Wukong": partial(Wukong, CLIP),
+    "SwiftBrushV2": pinned(SwiftBrushV2, SD, student_from=SD, student_rank=2, clip=CLIP, decoder=SD),
+    "Fluid": pinned(Fluid, FLUID, codec=SD, text=PIXART, head="flow", patch=2, size=32, sampling=Sampling(16)),
+    "Wukong": pinned(Wukong, CLIP, tokenizer=WORDS),
 }
 
 
@@ -82,13 +93,30 @@ def test_methods_read_hub_ids_at_their_revision(tmp_path: Path, name: str) -> No
         METHODS[name](**given).configure_model()
 
 
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("SwiftBrushV2", "student_from"), ("SwiftBrushV2", "clip"), ("SwiftBrushV2", "decoder"), ("Fluid", "codec"),
+        ("Fluid", "text"), ("Wukong", "tokenizer"),
+    ],
+)  # fmt: skip
+def test_each_further_hub_id_has_a_revision_of_its_own(tmp_path: Path, name: str, part: str) -> None:
+    given = {"text": text_file(tmp_path)} if name == "Wukong" else {}
+    with pytest.raises(UserError, match="not in the local cache"):
+        METHODS[name](**given, revision="v1", **{f"{part}_revision": None}).configure_model()
+
+
+def test_an_architecture_file_has_no_revision() -> None:
+    with pytest.raises(UserError, match="codec_revision"):
+        Fluid("configs/networks/fluid_166m.json", codec=SD, text=PIXART, revision="v1")
+
+
 @pytest.mark.parametrize("kind", [instaflow.Reflow, DMD])
 def test_pairs_are_compared_with_the_teacher_at_its_revision(monkeypatch: Any, kind: Any) -> None:
     asked: list[Any] = []
 
-    def compared(pairs: Any, recipe: Callable[[], dict[str, Any]], *rest: Any) -> dict[str, Any]:
+    def compared(pairs: Any, recipe: Callable[[], dict[str, Any]], *rest: Any) -> None:
         asked.append(recipe()["teacher"])
-        return {"guidance": method.guidance}
 
     monkeypatch.setattr(sys.modules[kind.__module__], "refuse_foreign_pairs", compared)
     streams = dict.fromkeys(("main", "pairs"), SimpleNamespace(batch_size=1))

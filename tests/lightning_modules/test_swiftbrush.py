@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from datamodules.prompts import Prompts
 from datamodules.records import Shards
 from datamodules.streams import Streams
 from lightning_modules.dmd import matching_gradient, matching_loss
-from lightning_modules.swiftbrush import SwiftBrush, ending_at, score_loss, vsd_gradient
+from lightning_modules.swiftbrush import THIRDS, SwiftBrush, ending_at, score_loss, vsd_gradient
 from lightning_t2i.batch import Batch, Records
 from lightning_t2i.cli.configs import merge
 from lightning_t2i.errors import UserError
@@ -484,15 +485,17 @@ def test_every_option_changes_the_training(losses, usual, options) -> None:
 
 
 def test_dropout_of_the_teachers_network_is_off_everywhere(tmp_path, sd) -> None:
-    """The adapter trains in training mode on weights that the teacher shares."""
+    """The student has none; the backbone that teacher and adapter share stays in eval mode where all else trains."""
     folder = shutil.copytree(sd, tmp_path / "with-dropout")
     file = folder / "unet" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "dropout": 0.2}))
-    method = built(str(folder))
-    rates = [
-        m.p for n in (method.student, method.teacher, method.lora) for m in n.modules() if isinstance(m, nn.Dropout)
-    ]
-    assert len(rates) > 6 and set(rates) == {0.0}
+    method = built(str(folder)).train()
+    shared, own = ([m for m in n.modules() if isinstance(m, nn.Dropout)] for n in (method.lora, method.student))
+    assert len(shared) == len(own) and max(m.p for m in shared) == 0.2 and {m.p for m in own} == {0.0}
+    assert all(m.training for m in own) and not any(m.training for m in shared)
+    z, cond = torch.ones(1, *SHAPE), method.condition(Records.of_prompts(["red"]))
+    for network in (method.student, method.teacher, method.lora):
+        assert torch.equal(network(z, 500, cond), network(z, 500, cond))
 
 
 def test_captions_are_dropped_for_each_sample_or_for_all(sd, prompts) -> None:
@@ -694,6 +697,32 @@ def test_signals_are_noted_and_validation_measures_the_distance_to_the_teacher(t
         )
 
 
+def test_thirds_are_means_over_all_samples_of_a_training_step(sd) -> None:
+    """Two micro-batches of two samples on each of two processes: many a third of theirs is empty."""
+    method = built(sd, common=MethodOptions(accumulate=2, log_every=1), guidance=1.0, lora_guidance=1.0, weight="one")
+    method.teacher.eps = lambda x_t, t, cond: t.view(-1, 1, 1, 1) + torch.zeros_like(x_t)
+    method.lora.eps = lambda x_t, t, cond: torch.zeros_like(x_t)
+    places, x, rows = torch.arange(8).view(2, 2, 2), torch.zeros(2, *SHAPE), []
+
+    def noted(rank: int, gathered: Callable[[torch.Tensor], torch.Tensor]) -> list[float]:
+        method.gathered, method._scalars = gathered, {}
+        for micro in (0, 1):
+            method.counters.micro = micro
+            method.vsd(x, None, places[rank, micro])
+        return [float(*method._scalars[name]) for name in THIRDS]
+
+    for step in range(20):
+        method.counters.step = step
+        rows.clear()
+        for rank in (0, 1):
+            noted(rank, lambda own: (rows.append(own), own)[1])
+        t = method.times(0.02, 0.98)(method.process, method.keys, places.flatten(), "vsd_t").double()
+        means = [float(t[3 * t.long() // 1000 == k].mean()) for k in range(3)]  # nan where there is none
+        for rank in (0, 1):
+            found = noted(rank, lambda own: torch.cat(rows))
+            assert found == pytest.approx(means, rel=1e-5, nan_ok=True)
+
+
 @pytest.mark.parametrize("at", [None, 649])
 def test_export_is_a_stock_pipeline_that_draws_our_pictures_in_one_step(tmp_path, at) -> None:
     import diffusers
@@ -773,16 +802,25 @@ def on_ranks(rank: int, source: str, prompts: str, folder: str, replicate: int, 
     common = MethodOptions(accumulate=2, precision=precision)
     # Guided on one side alone, g is no small difference of large estimates, of which bf16 would leave little.
     method = method_of(source, student=student, lora=lora, lora_guidance=1.0, common=common)
+    thirds, note = {}, method.note
+    method.note = lambda **found: (thirds.update({n: v for n, v in found.items() if n in THIRDS}), note(**found))[1]
     fit(Path(folder), method, 3, data(prompts), replicate=replicate, shard=shard, limit_val_batches=0)
-    return states(method)
+    return {**states(method), **thirds}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, sd, prompts) -> dict:
+    """What one process trained."""
+    return on_ranks(0, sd, prompts, str(tmp_path_factory.mktemp("one")), 1, 1, "fp32")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "precision"), [((2, 1), "fp32"), ((1, 2), "fp32"), ((1, 2), "bf16")], ids=str)
-def test_one_and_two_processes_agree(tmp_path, sd, prompts, ranks, mesh, precision) -> None:
+def test_one_and_two_processes_agree(tmp_path, sd, prompts, ranks, alone, mesh, precision) -> None:
     """The adapter is cut with its backbone. Its first pass has no gradient and its weights ask for one: were
     requires_grad toggled around that pass, the gradients of the adapter would not be reduced, or not in float32."""
-    one = on_ranks(0, sd, prompts, str(tmp_path / "one"), 1, 1, "fp32")
+    one = alone
+    assert one.keys() >= set(THIRDS)
     start = method_of(sd, student=update(ema=EMAOptions()))
     start.configure_model()
     before = states(start)

@@ -22,6 +22,7 @@ from lightning_t2i.errors import UserError
 from lightning_t2i.forward_units import counting_units, differences
 from lightning_t2i.keys import Keys
 from lightning_t2i.metrics.clip_score import TransformersClip
+from lightning_t2i.networks.codec import LatentCodec
 from lightning_t2i.networks.denoiser import Denoiser
 from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions
 from lightning_t2i.processes import DDPM
@@ -118,15 +119,22 @@ def test_without_its_additions_it_is_swiftbrush(tmp_path, sd, prompts) -> None:
 
 
 def test_another_decoder_may_make_the_pictures(tmp_path, sd) -> None:
-    autoencoder().save_pretrained(tmp_path / "small")
+    small = autoencoder()  # that of the pipeline, but for the decoder's weights
+    with torch.no_grad():
+        for i, parameter in enumerate(small.decoder.parameters()):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+    small.save_pretrained(tmp_path / "small")
     records = Records.of_prompts(["red", "two"])
-    x = Keys(0).normal("x", records.position, SHAPE)
-    found = []
+    x, found = Keys(0).normal("x", records.position, SHAPE), []
     for options in ({}, {"decoder": str(tmp_path / "small")}):
-        method = built("assets/tiny/sd" if not options else sd, clip=CLIP, clip_threshold=1.0, **options)
+        method = built(sd, clip=CLIP, clip_threshold=1.0, **options)
         found.append(float(method.student_loss(x, torch.zeros_like(x), records)))
+        decoder = LatentCodec(small) if options else method.codec
+        shown = method.clip.encode_image(decoder.decode(x), clamp=False)
+        fits = torch.cosine_similarity(shown, method.clip.encode_text(records.caption))
+        assert found[-1] == pytest.approx(0.1 * float((1 - fits.detach()).mean()), rel=1e-5)
         assert method.frozen_identities.keys() - {"decoder"} == {"teacher", "codec", "text", "clip"}
-    assert found[0] != found[1] and "decoder" in method.frozen_identities
+    assert found[0] != pytest.approx(found[1], rel=1e-3) and "decoder" in method.frozen_identities
     with pytest.raises(UserError, match="other latents"):
         built(sd, clip=CLIP, decoder="assets/tiny/vae")
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -10,9 +11,10 @@ from pictures import Pictures, fit, records
 from toy import adam
 
 from lightning_modules.tokenizer import Tokenizer, kl_loss, psnr, reconstruction_loss
+from lightning_t2i.errors import UserError
 from lightning_t2i.networks.codec import LatentCodec
 from lightning_t2i.networks.perceptual import PerceptualConfig, PerceptualNetwork
-from lightning_t2i.options import EMAOptions, GroupOptions
+from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .* does not have many workers")
 
@@ -88,6 +90,37 @@ def test_each_option_changes_the_result(tmp_path, options, change):
     assert not any("distance" in n for n in states[1])
 
 
+def test_the_weights_of_both_terms_of_the_codebook_are_those_of_the_equation(tmp_path, options):
+    """0.25 |sg(E(x)) - e|^2 + |E(x) - sg(e)|^2, and nothing else has a gradient here."""
+    module = Tokenizer(architecture(tmp_path, "VQModel"), autoencoder=options)
+    module.configure_model()
+    network, x = module.autoencoder, records(0, 4).image
+    module.counters.step = 1
+    codebook, last = network.quantize.embedding.weight, network.quant_conv.weight
+    found = torch.autograd.grad(module.discrete_pass(x)[1], (codebook, last))
+    z = network.encode(x).latents.permute(0, 2, 3, 1).flatten(0, 2)
+    e = codebook[torch.cdist(z, codebook).argmin(1)]
+    (moved,) = torch.autograd.grad(0.25 * (z.detach() - e).square().mean(), codebook, retain_graph=True)
+    (pulled,) = torch.autograd.grad((z - e.detach()).square().mean(), last)
+    torch.testing.assert_close(found, (moved, pulled))
+    assert moved.abs().max() > 0 and pulled.abs().max() > 0
+
+
+def test_a_frozen_encoder_keeps_the_codes(tmp_path, options):
+    module = Tokenizer(architecture(tmp_path, "VQModel"), train_encoder=False, autoencoder=options)
+    module.configure_model()
+    x = records(0, 4).image
+    codebook = module.autoencoder.quantize.embedding.weight.detach().clone()
+    codes, picture = LatentCodec(module.autoencoder).encode_tokens(x), module.reconstruct(x)
+    fit(tmp_path, module, 5)
+    for network in (module.autoencoder, module.autoencoder_ema):
+        assert torch.equal(network.quantize.embedding.weight, codebook)
+        assert torch.equal(LatentCodec(network).encode_tokens(x), codes)
+    assert not torch.equal(module.reconstruct(x), picture)
+    with pytest.raises(UserError, match="restart_until"):
+        Tokenizer("none", train_encoder=False, restart_until=1)
+
+
 def test_a_frozen_encoder_keeps_the_latents(tmp_path, options):
     """The second stage improves the decoder; models trained on the latents stay valid."""
     module = Tokenizer(architecture(tmp_path, "AutoencoderKL"), train_encoder=False, autoencoder=options)
@@ -144,3 +177,25 @@ def test_validation_reports_the_share_of_the_codebook_in_use(tmp_path, options):
     for k in range(2):
         codes |= set(LatentCodec(module.autoencoder_ema).encode_tokens(records(4 * k, 4).image).flatten().tolist())
     assert float(trainer.callback_metrics["val/usage"]) == pytest.approx(len(codes) / 16)
+
+
+def on_ranks(rank: int, network: str, folder: str, replicate: int, shard: int, precision: str) -> dict:
+    """The weights after two updates whose size does not depend on that of a gradient near 0."""
+    plain = GroupOptions(lambda p: torch.optim.SGD(p, lr=0.05))
+    module = Tokenizer(network, autoencoder=plain, common=MethodOptions(precision=precision))
+    mesh = {"fsdp": True} if precision == "bf16" else {"replicate": replicate, "shard": shard}
+    fit(Path(folder), module, 2, limit_val_batches=0, **mesh)
+    return module.state_dict()
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "VQModel"])
+def test_two_processes_train_an_autoencoder_that_is_cut_as_one_does(tmp_path, ranks, kind):
+    """Its halves are called one after the other: each gathers its weights for its own backward pass."""
+    network = architecture(tmp_path, kind)
+    one = on_ranks(0, network, str(tmp_path), 1, 1, "fp32")
+    for two in ranks(on_ranks, network, str(tmp_path), 1, 2, "fp32"):
+        for name, weight in one.items():
+            torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-6)
+    rough = on_ranks(0, network, str(tmp_path), 1, 1, "bf16")
+    moved = max(float((rough[name] - weight).abs().max()) for name, weight in one.items())
+    assert 0 < moved < 0.01

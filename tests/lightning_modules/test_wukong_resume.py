@@ -9,4 +9,4 @@ from lightning_t2i.proof.runs import MESHES
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_killed_wukong_run_ends_with_the_bits_of_a_whole_one(tmp_path, mesh):
-    assert what_a_kill_changes(tmp_path, "wukong", mesh) == []
+    assert what_a_kill_changes(tmp_path, "wukong", mesh, steps=5) == []

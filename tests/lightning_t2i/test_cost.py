@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 
+import programs
 import pytest
 
+from lightning_t2i import cost
 from lightning_t2i.cost import PAGE, PEAKS, PLANS, RESULT, TINY, hours, page, plan, speeds
 
 KEPT = json.loads(RESULT.read_text(encoding="utf-8"))
@@ -27,5 +29,6 @@ def test_the_operations_of_fluid_are_those_of_the_paper_and_of_its_text_encoder(
     assert 1 < planned["steps"] * planned["operations"] / 4.1e21 < 2
 
 
-def test_a_plan_is_what_check_says() -> None:
+def test_a_plan_is_what_check_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "subprocess", programs)
     assert plan("deme/tiny", 1, 1) == KEPT["deme/tiny"]

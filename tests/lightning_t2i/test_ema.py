@@ -247,7 +247,7 @@ def test_the_command_exports_and_evaluates_another_average(tmp_path, monkeypatch
         "trainer": {"accelerator": "cpu", "devices": 1, "max_steps": 6, "val_check_interval": 6},
         "throughput": {"enabled": False},
         "samples": {"enabled": False},
-        "checkpoints": {"every": 6, "ema": {"every": 2}},
+        "checkpoints": {"every": 3, "ema": {"every": 2}},
         "tracking": {"wandb": "off"},
     }
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
@@ -261,6 +261,16 @@ def test_the_command_exports_and_evaluates_another_average(tmp_path, monkeypatch
     for label, prefix in {None: "", "0.1": "[0.1]", "sigma_rel=0.1": "[sigma_rel=0.1]"}.items():
         assert torch.equal(written[label], state[f"autoencoder_ema{prefix}.{name}"].to(written[label].dtype))
     assert len({t.double().sum().item() for t in written.values()}) == 4
+    older = ["--ckpt_path", str(tmp_path / "runs/mine/checkpoints/step-00000003")]
+    assert main(["export", str(tmp_path / "older"), "--run", "mine", *older]) == 0
+    found = next(t for f in (tmp_path / "older").rglob("*.safetensors") for n, t in load_file(f).items() if n == name)
+    state = AtomicCheckpointIO().load_checkpoint(older[1])["state_dict"]
+    assert torch.equal(found, state[f"autoencoder_ema.{name}"].to(found.dtype))
+    assert not torch.equal(found, written[None])
+    assert main(["validate", "--run", "mine", *older]) == 0
+    assert [line["step"] for line in read_lines(tmp_path / "runs/mine/validate.jsonl")] == [3]
+    assert main(["fit", "--config", str(tmp_path / "mine.yaml"), *older]) == 2
+    assert "fit resumes from its own run folder" in capsys.readouterr().err
     losses = []
     for words in ([], ["--ema", "0.1"]):
         assert main(["validate", "--run", "mine", *words]) == 0

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from lightning_t2i import flops
-from lightning_t2i.flops import counting, peak_flops, utilisation
+from lightning_t2i.flops import counting, peak_flops, use_tensor_cores, utilisation
 
 
 def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
@@ -72,12 +72,26 @@ def test_cross_attention_of_unequal_lengths() -> None:
 
 def test_utilisation_is_unknown_without_a_known_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peak_flops(torch.device("cpu")) is None and utilisation(1e12, torch.device("cpu")) is None
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some Card 1")
-    assert utilisation(1e12, torch.device("cuda")) is None
+    for name in ("Some Card 1", "NVIDIA L40G", "NVIDIA RTX A1000"):  # the last two begin like an L4 and an A100
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert utilisation(1e12, torch.device("cuda")) is None
 
 
 @pytest.mark.parametrize(
-    ("name", "peak"), [("NVIDIA H200", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989e12)]
+    ("name", "peak"),
+    [
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+    ],
 )
 def test_utilisation_of_a_known_device(name: str, peak: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
@@ -87,3 +101,12 @@ def test_utilisation_of_a_known_device(name: str, peak: float, monkeypatch: pyte
 def test_names_that_contain_another_come_first() -> None:
     names = list(flops.PEAKS)
     assert all(not (b != a and a in b and i < j) for i, a in enumerate(names) for j, b in enumerate(names))
+
+
+def test_a_gpu_multiplies_float32_as_tf32_and_a_cpu_does_not(monkeypatch) -> None:
+    set_to: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
+    use_tensor_cores(torch.device("cpu"))
+    assert set_to == []
+    use_tensor_cores(torch.device("cuda"))
+    assert set_to == ["high"]

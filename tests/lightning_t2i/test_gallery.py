@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from lightning_t2i import gallery
-from lightning_t2i.gallery import CURVES, IMAGES, PICTURES, SERIES, keep, main, student, wukong
+from lightning_t2i.gallery import CURVES, IMAGES, PICTURES, SERIES, main, student, wukong
 from lightning_t2i.paths import ROOT
 
 
@@ -48,7 +48,7 @@ def test_curves_of_a_run_are_kept_thinned_and_drawn(tmp_path: Path, monkeypatch:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setattr(gallery, "SERIES", tmp_path / "curves")
     monkeypatch.setattr(gallery, "IMAGES", tmp_path)
-    keep("fluid", tmp_path)
+    assert main(["--keep", "fluid", "--run", str(tmp_path)]) == 0
     steps, values = json.loads((tmp_path / "curves" / "fluid.json").read_text())[keys[0]]
     assert len(steps) == 167 and steps[:2] == [0, 3] and values[1] == 0.25
     assert main(["fluid_curves"]) == 0
@@ -60,3 +60,6 @@ def test_an_unknown_picture_is_refused(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         main(["no_such_picture"])
     assert "no such picture: no_such_picture" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--keep", "fluid"])
+    assert "--keep needs --run FOLDER" in capsys.readouterr().err

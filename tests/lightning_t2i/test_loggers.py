@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
@@ -89,6 +90,13 @@ def test_in_a_sweep_the_wandb_id_is_the_agents(tmp_path, monkeypatch) -> None:
 def test_loggers_of_a_run(tmp_path, mode, kinds) -> None:
     loggers = build_loggers(tmp_path, TrackingOptions(wandb=mode), {}, 0, Clock())
     assert [type(logger).__name__ for logger in loggers] == kinds
+
+
+def test_project_and_tags_are_wandbs(tmp_path) -> None:
+    options = TrackingOptions(project="mine", tags=["a", "b"])
+    with mock.patch("wandb.init") as init:
+        assert build_loggers(tmp_path, options, {}, 0, Clock())[1].experiment is init.return_value
+    assert (init.call_args.kwargs["project"], init.call_args.kwargs["tags"]) == ("mine", ["a", "b"])
 
 
 def test_what_wandb_may_have_lost_is_logged_again(tmp_path) -> None:

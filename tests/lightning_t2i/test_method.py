@@ -50,6 +50,35 @@ def fit(folder: Path, module: Toy, steps: int, data: ToyData | None = None, **kw
     return trainer
 
 
+class Ends(Toy):
+    def __init__(self):
+        super().__init__()
+        self.ends = []
+
+    def finish(self):
+        self.ends.append(self.counters.step)
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_finish_is_called_once_after_the_last_step(tmp_path, fsdp):
+    whole = Ends()
+    fit(tmp_path, whole, 3, fsdp=fsdp).save_checkpoint(tmp_path / "end.ckpt")
+    assert whole.ends == [3]
+    killed = Ends()  # in `finish`: what was saved has no step left
+    trainer_for(tmp_path, 3, fsdp=fsdp).fit(killed, ToyData(), ckpt_path=tmp_path / "end.ckpt", weights_only=True)
+    assert killed.ends == [3]
+
+
+def test_finish_is_not_called_where_steps_are_left(tmp_path):
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, module, *unused):
+            trainer.should_stop = module.counters.step == 2
+
+    module = Ends()
+    assert fit(tmp_path, module, 3, callbacks=[Stop()]).global_step == 2
+    assert module.ends == []
+
+
 def test_generator_every_five_steps_and_critic_every_step(tmp_path):
     watch = Watch()
     module = Toy()

@@ -19,6 +19,7 @@ from lightning_t2i.errors import UserError
 from lightning_t2i.group import Group
 from lightning_t2i.optimizers import AdamW8bit
 from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions
+from lightning_t2i.proof.compare import differences
 from lightning_t2i.schedules import Warmup
 from lightning_t2i.state_io import AtomicCheckpointIO
 from lightning_t2i.strategies import sharding
@@ -49,14 +50,6 @@ def fit(folder: Path, steps: int, resume: Path | None = None, save: Path | None 
     if save is not None:
         trainer.save_checkpoint(save, False)
     return module
-
-
-def differences(a, b, path="") -> list[str]:
-    if isinstance(a, dict):
-        return [d for k in a.keys() | b.keys() for d in differences(a.get(k), b.get(k), f"{path}/{k}")]
-    if isinstance(a, list | tuple):
-        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{path}/{i}")]
-    return [] if (torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b) else [path]
 
 
 def read(folder: Path) -> dict:
@@ -191,6 +184,7 @@ def on_two_ranks(rank: int, folder: str, plain: str) -> dict:
     fit(place, 8, place / "sharded/step-00000004", place / "from-sharded", shard=2)
     fit(place, 4, save=place / "half", shard=2)
     fit(place, 8, place / "half", place / "resumed", shard=2)
+    found["gathered"] = gathered_at_once(module)
     parameter = module.critic.blocks[0].linear.weight
     optimizer = module.groups["critic"].optimizer
     found["shared"] = optimizer.inside(parameter).data_ptr() == parameter.to_local().data_ptr()
@@ -213,6 +207,20 @@ def on_two_ranks(rank: int, folder: str, plain: str) -> dict:
     return found
 
 
+def gathered_at_once(module: Wide) -> int:
+    """The most values of moments that one call of a save sends."""
+    original, sizes = optimizers.dist.all_gather_object, []
+
+    def counted(found, mine, *group):
+        sizes.append(sum(v.numel() for v in mine.values() if isinstance(v, torch.Tensor) and v.dtype == torch.uint8))
+        original(found, mine, *group)
+
+    optimizers.dist.all_gather_object = counted
+    module.groups["critic"].state()
+    optimizers.dist.all_gather_object = original
+    return max(sizes)
+
+
 def test_on_local_shards(tmp_path, ranks):
     fit(tmp_path, 8, save=tmp_path / "whole-1x1")
     fit(tmp_path, 4, save=tmp_path / "half-1x1")
@@ -226,6 +234,7 @@ def test_on_local_shards(tmp_path, ranks):
     assert states["blocks.0.linear.weight"]["0/state1"].dtype == torch.uint8
     assert not torch.equal(*(states["blocks.0.linear.weight"][f"{i}/state1"] for i in (0, 1)))
     assert first["shared"] and second["shared"] and first["state"] == second["state"] == [WIDTH // 2, WIDTH]
+    assert first["gathered"] == 2 * WIDTH * WIDTH // 2  # of one weight
     assert second["empty"]  # rank 1 has no row of the last layer
 
     assert "1 shards" in first["refused"] and "2 shards" in first["refused"] and "--reset_optimizer" in first["refused"]

@@ -44,6 +44,22 @@ def test_linear_layers_are_quantised_and_compute_nearly_the_same(bits, dtype, li
     assert half(x.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("called", [False, True], ids=["before a forward", "after one"])
+def test_what_an_int8_layer_computes_with_moves_with_its_network(called):
+    """As to a GPU: the move of a network gives each weight a new place."""
+    torch.manual_seed(0)
+    network, x = quantize_frozen(nn.Sequential(nn.Linear(8, 4)).requires_grad_(False), "int8"), torch.randn(2, 8)
+    expected = copy.deepcopy(network)(x)
+    if called:
+        network(x)
+    (layer,), before = network, network[0].weight.data_ptr()
+    network._apply(torch.clone)
+    held = layer.state if called else layer.weight
+    assert held.CB.data_ptr() == layer.weight.data_ptr() != before
+    assert held.SCB.device == layer.weight.device
+    assert torch.equal(network(x), expected)
+
+
 def test_what_a_class_wants_whole_stays_whole():
     whole = network()
     whole._keep_in_fp32_modules = ["3"]

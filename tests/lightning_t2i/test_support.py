@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
+from types import SimpleNamespace
 from unittest import mock
 
+import programs
 import pytest
 
 from lightning_t2i import support
@@ -21,7 +24,8 @@ KEPT = json.loads(RESULT.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("method", methods())
-def test_support(method: str) -> None:
+def test_support(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(support, "subprocess", SimpleNamespace(run=partial(programs.run, timeout=1200)))
     whole = method in ALWAYS or os.environ.get("LIGHTNING_T2I_LONG_TESTS")
     axes = [axis for axis in AXES if whole or axis not in SLOW]
     wanted = {axis: KEPT[method][axis] for axis in axes}

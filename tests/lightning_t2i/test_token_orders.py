@@ -37,17 +37,17 @@ def predicted(length: int, steps: int) -> list[int]:
         (256, 256, [1] * 256),
     ],
 )
-def test_tokens_of_each_step_are_those_of_the_reference(length, steps, counts):
+def test_P5_tokens_of_each_step_are_those_of_the_reference(length, steps, counts):
     assert predicted(length, steps) == counts
 
 
-def test_tokens_of_64_steps_begin_and_end_as_in_the_reference():
+def test_P5_tokens_of_64_steps_begin_and_end_as_in_the_reference():
     found = predicted(256, 64)
     assert found[:24] == [1] * 13 + [2, 3, 2, 2, 3, 3, 3, 3, 3, 3, 4]
     assert found[-10:] == [6, 7, 6, 6, 6, 6, 7, 6, 6, 6]
 
 
-def test_every_number_of_steps_predicts_all_tokens_and_some_in_each():
+def test_P5_every_number_of_steps_predicts_all_tokens_and_some_in_each():
     for length in (1, 2, 7, 64, 100):
         for steps in range(1, length + 1):
             found = predicted(length, steps)
@@ -57,7 +57,7 @@ def test_every_number_of_steps_predicts_all_tokens_and_some_in_each():
 
 
 @pytest.mark.parametrize("steps", [0, 65])
-def test_more_steps_than_tokens_are_refused(steps):
+def test_P5_more_steps_than_tokens_are_refused(steps):
     with pytest.raises(UserError, match="so many steps"):
         remaining(64, steps)
 
@@ -80,7 +80,7 @@ def test_linear_guidance_rises_with_the_known_tokens_and_never_reaches_its_scale
     [("cosine", 0.6366, 0.5), ("arccos", 0.6366, 0.4627), ("truncnorm", 0.8670, None)],
 )
 @pytest.mark.parametrize("strata", [1, 32])
-def test_moments_of_the_mask_laws(law, mean, square, strata):
+def test_P10_moments_of_the_mask_laws(law, mean, square, strata):
     r = MaskLaw(law, strata).ratios(Keys(3), torch.arange(2**15))
     error = 4 / 2**7.5 * 0.31  # four standard errors
     assert float(r.mean()) == pytest.approx(mean, abs=5e-5 if strata > 1 else error)
@@ -89,7 +89,7 @@ def test_moments_of_the_mask_laws(law, mean, square, strata):
     assert law != "truncnorm" or float(r.min()) >= 0.7
 
 
-def test_densities_of_the_two_laws_with_one_mean():
+def test_P10_densities_of_the_two_laws_with_one_mean():
     """P(r < 1/2): 1 - (2/pi) arccos(1/2) for the cosine, 1 - cos(pi/4) for the arc cosine."""
     u = (torch.arange(10**5, dtype=torch.float64) + 0.5) / 10**5
     below = {law: float((mask_ratio(law, u) < 0.5).double().mean()) for law in ("cosine", "arccos")}
@@ -98,14 +98,14 @@ def test_densities_of_the_two_laws_with_one_mean():
 
 
 @pytest.mark.parametrize("law", LAWS)
-def test_each_picture_has_at_least_one_mask_and_may_have_all(law):
+def test_P10_each_picture_has_at_least_one_mask_and_may_have_all(law):
     counts = MaskLaw(law).masks(Keys(0), torch.arange(4096), 16).sum(1)
     assert int(counts.min()) >= 1
     assert int(counts.max()) == 16
     assert law == "truncnorm" or int(counts.min()) == 1
 
 
-def test_masked_places_are_uniform():
+def test_P10_masked_places_are_uniform():
     masked = MaskLaw().masks(Keys(1), torch.arange(2**14), 16)
     rates = masked.double().mean(0)
     assert float((rates - rates.mean()).abs().max()) < 4 * 0.49 / 2**7
@@ -114,19 +114,19 @@ def test_masked_places_are_uniform():
 
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize(("batch", "first"), [(64, 0), (64, 640), (32, 96), (96, 0), (33, 5), (8, 30), (1, 0)])
-def test_masked_tokens_never_exceed_their_rows(law, batch, first):
+def test_P10_masked_tokens_never_exceed_their_rows(law, batch, first):
     found = MaskLaw(law)
     for seed in range(20):
         positions = torch.arange(first, first + batch)
         assert int(found.masks(Keys(seed), positions, 16).sum()) <= found.rows(batch, 16) <= batch * 16
 
 
-def test_strata_make_rows_few():
+def test_P10_strata_make_rows_few():
     assert MaskLaw("cosine", 64).rows(64, 64) == math.ceil((64 * 2 / math.pi + 1) * 64) + 64
     assert MaskLaw("cosine", 1).rows(64, 64) == 64 * 64
 
 
-def test_strata_keep_each_picture_free():
+def test_P10_strata_keep_each_picture_free():
     """Over seeds, u of one position is uniform and that of its neighbour is not tied to it."""
     ratios = torch.stack([MaskLaw("cosine", 4).ratios(Keys(seed), torch.arange(4)) for seed in range(2000)])
     u = torch.arccos(ratios) * 2 / math.pi
@@ -136,7 +136,7 @@ def test_strata_keep_each_picture_free():
     assert all(sorted(row) == [0, 1, 2, 3] for row in (u * 4).floor().tolist())
 
 
-def test_masks_depend_on_positions_and_not_on_the_batch():
+def test_P10_masks_depend_on_positions_and_not_on_the_batch():
     law, keys = MaskLaw(), Keys(5, step=3)
     whole = law.masks(keys, torch.arange(64), 16)
     assert torch.equal(torch.cat([law.masks(keys, torch.arange(a, a + 16), 16) for a in range(0, 64, 16)]), whole)

@@ -145,6 +145,59 @@ def test_scorers_that_do_not_start_or_end_at_once(tmp_path: Path) -> None:
     reward.close()
 
 
+@pytest.mark.parametrize(
+    ("visible", "index", "seen"), [(None, 3, "3"), ("4,5, 6", 2, "6"), ("GPU-a,GPU-b", 1, "GPU-b"), ("", 1, "1")]
+)
+def test_a_scorer_sees_the_gpu_of_its_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, index: int, seen: str
+) -> None:
+    script = tmp_path / "fake.py"
+    script.write_text(FAKE.replace("{answer}", '{"error": __import__("os").environ["CUDA_VISIBLE_DEVICES"] + "."}'))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    reward = Piped([sys.executable, str(script)])
+    reward.setup(torch.device("cuda", index))
+    with pytest.raises(UserError, match=f"The scorer failed: {seen}\\."):
+        reward(torch.zeros(1, 3, 4, 4), records(1, caption=["a"]))
+    reward.close()
+
+
+def test_equal_commands_share_a_process() -> None:
+    command = [sys.executable, str(WORKER), "brightness"]
+    reward, judge, elsewhere = (Piped(command) for _ in range(3))
+    for scorer, device in ((reward, CPU), (judge, CPU), (elsewhere, torch.device("cuda", 0))):
+        scorer.setup(device)
+    assert judge.process is reward.process is not elsewhere.process
+    some = records(1, caption=["a"])
+    assert reward(torch.ones(1, 3, 4, 4), some) == judge(torch.ones(1, 3, 4, 4), some) == 1
+    judge.close()
+    elsewhere.close()
+    reward.setup(CPU)
+    assert reward.process is not judge.process
+    reward.close()
+
+
+PACKAGE = """
+calls = 0
+def score(pictures, prompt, hps_version):
+    global calls
+    calls += 1
+    return [100 * calls + 10 * len(prompt) + picture.getpixel((0, 0))[0] / 255 for picture in pictures]
+"""
+
+
+def test_hpsv2_is_called_once_for_each_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its calls reads the weights; scores come back in the order of the pictures."""
+    (tmp_path / "hpsv2.py").write_text(PACKAGE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    reward = Piped([sys.executable, str(WORKER), "hpsv2"])
+    reward.setup(CPU)
+    images = torch.tensor([-1.0, -1.0, 1.0]).view(3, 1, 1, 1).expand(3, 3, 4, 4)
+    assert reward(images, records(3, caption=["a", "two", "a"])).tolist() == [110, 230, 111]
+    reward.close()
+
+
 def brightness(images: torch.Tensor, some: Records) -> torch.Tensor:
     return images.mean((1, 2, 3))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import caching
@@ -92,7 +93,7 @@ def test_archive_keeps_everything_and_its_front(tmp_path: Path) -> None:
     again.load(archive.state())
     assert again.facts == archive.facts and again.front() == archive.front()
     assert len(again.front()) == 8 and all(np.array_equal(again.scores[k], archive.scores[k]) for k in archive.front())
-    found = content(archive, cost, True, note=1)
+    found = content(archive, cost, True, note=1, made_for={"solver": "heun"})
     assert found["note"] == 1 and found["evaluated"] == 9 and len(found["front"]) == 8
     assert found["front"][3]["slot_bytes"] == cost.slot_bytes(archive.schedule(archive.front()[3]))
     names = picks(found["front"])
@@ -105,6 +106,8 @@ def test_archive_keeps_everything_and_its_front(tmp_path: Path) -> None:
     assert (
         Schedule.load(tmp_path / "front.json", speed=2.0).key == Schedule.load(tmp_path / "schedules/faster.json").key
     )
+    for file in ("front.json", "schedules/faster.json"):
+        assert Schedule.load(tmp_path / file).made_for == {"solver": "heun"}
     assert Schedule.load(tmp_path / "front.json").key == archive.schedule(archive.front()[chosen(found["front"])]).key
     with pytest.raises(UserError, match="so fast"):
         Schedule.load(tmp_path / "front.json", speed=1000.0)
@@ -142,6 +145,30 @@ def test_two_lines_for_a_stock_pipeline(tmp_path: Path, family: str) -> None:
         assert torch.equal(draw(), cached)
     with pytest.raises(UserError, match="does not know the times"), apply(pipeline.transformer, schedule):
         pass
+
+
+def test_rows_are_found_by_times_of_a_pipeline_in_bfloat16() -> None:
+    """FLUX.1-dev's grid at 1024 px: rounded twice, times are further off than half of the distance of steps."""
+    import diffusers
+
+    network, steps = denoiser("flux").backbone, 50
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=1.15)
+    pipeline = SimpleNamespace(transformer=network, scheduler=scheduler)
+    half, exact = scheduler.timesteps.to(torch.bfloat16) / 1000, scheduler.timesteps.double() / 1000
+    assert (half.double() - exact).abs().max() > exact.diff().abs().min() / 2
+    with apply(pipeline, random_schedule(Layout.of(network), 0, steps=steps)) as executor:
+        for step, time in enumerate(half):
+            executor.begin(time, "")
+            assert executor.slots.step == step
+        with pytest.raises(UserError, match="none of the schedule's steps"):
+            executor.begin(half[0] * 1.1, "")
+    steps = 200
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=1.15)
+    with apply(pipeline, random_schedule(Layout.of(network), 0, steps=steps)) as executor:
+        executor.begin(scheduler.timesteps[3] / 1000, "")
+        with pytest.raises(UserError, match="told apart"):
+            executor.begin(scheduler.timesteps[3].to(torch.bfloat16) / 1000, "")
 
 
 def test_what_was_never_kept_is_computed_and_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import lightning as L
@@ -21,10 +22,13 @@ from kills import optimizer_tensors
 from toy import Toy, ToyData, trainer_for
 
 from callbacks.checkpoints import CheckpointOptions, Checkpoints
-from lightning_t2i.checkpoints import sharded
+from lightning_t2i.checkpoints import sharded, snapshots
 from lightning_t2i.checkpoints.ranks import ALONE, Ranks
+from lightning_t2i.checkpoints.snapshots import SnapshotOptions, averages
+from lightning_t2i.checkpoints.staging import Staging
+from lightning_t2i.cli.restore import restore
 from lightning_t2i.options import MethodOptions
-from lightning_t2i.state_io import AtomicCheckpointIO, Stored, newest, read_marker, write_folder
+from lightning_t2i.state_io import AtomicCheckpointIO, Stored, load_tensor, newest, read_marker, write_folder
 
 FORMS = ("single", "sharded")
 
@@ -78,7 +82,12 @@ def fit(folder: Path, steps: int, mesh: tuple[int, int] = (1, 1), **options) -> 
 # ---- meshes ----------------------------------------------------------------------------------------------------------
 
 
-STAGES = [(12, (2, 1), "sharded", False), (13, (1, 2), "single", True), (15, (1, 2), "sharded", True)]
+STAGES = [
+    (12, (2, 1), "sharded", False),
+    (13, (1, 2), "single", True),
+    (14, (2, 1), "sharded", True),
+    (15, (1, 2), "sharded", True),
+]
 
 
 def two_processes(rank: int, folder: str) -> dict:
@@ -93,8 +102,13 @@ def two_processes(rank: int, folder: str) -> dict:
         dist.barrier()
     found["files"] = {p.name: read_marker(p)["files"] for p in folder.iterdir()}
     found["part"] = a_part_is_read(folder)
-    found["failure"] = one_rank_fails(rank, folder)
+    found["failure"] = one_rank_fails(rank, folder, 1, form="sharded")
+    found["single"] = [one_rank_fails(rank, folder, 0, asynchronous=later) for later in (False, True)]
     found["last"] = rank_0_fails_last(rank, folder)
+    found["snapshot"] = a_snapshot_fails(rank, folder)
+    found["kept"] = what_is_kept(rank)
+    found["mapped"] = what_stays_mapped(folder)
+    found["group"] = in_one_group(rank)
     return found
 
 
@@ -124,40 +138,106 @@ def a_part_is_read(folder: Path) -> bool:
     )
 
 
-def one_rank_fails(rank: int, folder: Path) -> str:
-    """Rank 1's disk is full: both ranks hear of it, nothing is left."""
-    original = torch.save
+def full(*args, **options):
+    raise OSError(28, "No space left on device")
 
-    def full(*args):
-        raise OSError(28, "No space left on device")
 
-    if rank == 1:
-        torch.save = full
+def failure_of(call) -> str:
     try:
-        fit(folder.parent / "full", 2, (1, 2), form="sharded")
+        call()
     except (OSError, RuntimeError) as error:
         return f"{type(error).__name__} {error}"
+    return "no failure"
+
+
+def one_rank_fails(rank: int, folder: Path, which: int, **options) -> str:
+    """A rank's disk is full: both ranks hear of it, nothing is left."""
+    original = torch.save
+    if rank == which:
+        torch.save = full
+    try:
+        return failure_of(lambda: fit(folder.parent / "full", 2, (1, 2), **options))
     finally:
         torch.save = original
-    return "no failure"
 
 
 def rank_0_fails_last(rank: int, folder: Path) -> str:
     """What rank 0 writes alone does not fit any more: no rank waits for it."""
-
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
     original, sharded.write_state = sharded.write_state, full  # rank 1 never calls it
     together, state = Ranks(dist.new_group(backend="gloo")), {"w": torch.arange(6.0)}
+    path = folder.parent / "last" / "step-00000003"
     try:
-        path = folder.parent / "last" / "step-00000003"
-        write_folder(path, 3, "sharded", lambda into: sharded.write_sharded(state, into, together), together)
-    except (OSError, RuntimeError) as error:
-        return f"{type(error).__name__} {error}"
+        return failure_of(
+            lambda: write_folder(
+                path, 3, "sharded", lambda into: sharded.write_sharded(state, into, together), together
+            )
+        )
     finally:
         sharded.write_state = original
-    return "no failure"
+
+
+def a_snapshot_fails(rank: int, folder: Path) -> str:
+    """Rank 0 alone writes averages, and has no room for them."""
+    original, snapshots.save_file = snapshots.save_file, full
+    try:
+        return failure_of(lambda: fit(folder.parent / "snapshot/checkpoints", 2, (1, 2), ema=SnapshotOptions(every=1)))
+    finally:
+        snapshots.save_file = original
+
+
+def what_is_kept(rank: int) -> dict:
+    """What each rank of 2x1 keeps for a save, in bytes, and the shapes that rank 0 has of the averages."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    placements = [dist.tensor.Replicate(), dist.tensor.Shard(0)]
+    tensors = [dist.tensor.distribute_tensor(torch.ones(n), mesh, placements) for n in (8, 5, 4, 1)]
+    found = {}
+    for asynchronous in (False, True):
+        staging = Staging(True, asynchronous, rank == 0)
+        staging.begin()
+        found[f"parts {asynchronous}"] = [staging.take(t).local.nbytes for t in tensors]
+        staging = Staging(False, asynchronous, rank == 0)
+        staging.begin()
+        taken = [staging.take(t) for t in [*tensors, torch.ones(2)]]
+        found[f"whole {asynchronous}"] = [None if t is None else t.nbytes for t in taken]
+    module = Toy()
+    module.configure_model()
+    found["averages"] = len(averages(module.groups.values(), keep=rank == 0))
+    return found
+
+
+def what_stays_mapped(folder: Path) -> list:
+    """Whether the one file of a checkpoint is in memory while its tensors are there, and after a training from it."""
+
+    def mapped() -> bool:
+        return "step-00000013/state.pt" in Path("/proc/self/maps").read_text()
+
+    state = AtomicCheckpointIO().load_checkpoint(folder / "step-00000013", whole=False)
+    before = mapped()
+    weight = state["state_dict"]["generator.inside.weight"]
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    copied = load_tensor(weight, dist.tensor.distribute_tensor(weight, mesh, [dist.tensor.Replicate()]))
+    shares = copied.to_local().data_ptr() == weight.data_ptr()
+    del state, weight
+    module = Toy(MethodOptions(log_every=1), dropout=0.0)
+    trainer_for(folder.parent, 14, 1, 2).fit(module, ToyData(), ckpt_path=folder / "step-00000013", weights_only=True)
+    return [before, shares, mapped()]
+
+
+def in_one_group(rank: int) -> dict:
+    """Results go to rank 0 and each rank gets its part of what rank 0 makes; failures go to both."""
+    together, plans = Ranks(dist.new_group(backend="gloo")), []
+    original = sharded._SavePlanner.create_global_plan
+    sharded._SavePlanner.create_global_plan = lambda self, all_plans: plans.append(1) or original(self, all_plans)
+    with tempfile.TemporaryDirectory() as place:
+        sharded.write_sharded({"w": torch.arange(6.0)}, Path(together.scatter(lambda: [place] * 2)), together)
+        dist.barrier()
+    sharded._SavePlanner.create_global_plan = original
+    return {
+        "gathered": together.gather(lambda: f"of {rank}"),
+        "scattered": together.scatter(lambda: ["first", "second"]),
+        "failed": failure_of(lambda: together.scatter(full)),
+        "plans": len(plans),
+    }
 
 
 def test_a_sharded_checkpoint_moves_between_meshes(tmp_path, ranks):
@@ -185,6 +265,24 @@ def test_a_sharded_checkpoint_moves_between_meshes(tmp_path, ranks):
     assert first["last"].startswith("OSError") and "No space left" in first["last"]
     assert "rank 0: OSError: [Errno 28]" in second["last"] and second["last"].startswith("RuntimeError")
     assert list((tmp_path / "full").iterdir()) == list((tmp_path / "last").iterdir()) == []
+    for own, told in zip([*first["single"], first["snapshot"]], [*second["single"], second["snapshot"]], strict=True):
+        assert own.startswith("OSError") and "No space left" in own
+        assert told.startswith("RuntimeError") and "rank 0: OSError: [Errno 28]" in told
+
+    for step in (12, 14):  # of two copies each writes its share
+        sizes = first["files"][f"step-000000{step}"]
+        assert 0.5 < sizes["__0_0.distcp"] / sizes["__1_0.distcp"] < 2
+    assert first["mapped"] == second["mapped"] == [True, False, False]
+    for asynchronous in (False, True):
+        assert first["kept"][f"parts {asynchronous}"] == [32, 0, 0, 4]
+        assert second["kept"][f"parts {asynchronous}"] == [0, 20, 16, 0]
+        assert first["kept"][f"whole {asynchronous}"] == [32, 20, 16, 4, 8]
+        assert second["kept"][f"whole {asynchronous}"] == [None] * 5
+    assert first["kept"]["averages"] > 0 == second["kept"]["averages"]
+    assert (first["group"]["gathered"], second["group"]["gathered"]) == (["of 0", "of 1"], [])
+    assert (first["group"]["scattered"], second["group"]["scattered"]) == ("first", "second")
+    assert first["group"]["failed"].startswith("OSError") and "rank 0: OSError" in second["group"]["failed"]
+    assert (first["group"]["plans"], second["group"]["plans"]) == (1, 0)
 
 
 @pytest.mark.parametrize("saved", FORMS)
@@ -199,6 +297,21 @@ def test_either_form_loads_whatever_the_config_says(tmp_path, saved, then):
     assert a["t2i"]["counters"] == b["t2i"]["counters"] and a["ToyData"] == b["ToyData"]
     assert a["t2i"]["groups"]["generator"]["schedule"] == b["t2i"]["groups"]["generator"]["schedule"]
     assert a["t2i"]["frozen"] == b["t2i"]["frozen"] == {"scale": "toy:1"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_needs_the_weights_reads_no_optimizer_states(tmp_path, monkeypatch, form):
+    """As an export and a merge do it."""
+    fit(tmp_path / "checkpoints", 2, form=form)
+    read, original = [], sharded._InFiles.into
+    monkeypatch.setattr(sharded._InFiles, "into", lambda self, to: read.append(self.name) or original(self, to))
+    method = Toy()
+    folder, state = restore(method, tmp_path)
+    weights = AtomicCheckpointIO().load_checkpoint(folder, whole=True)["state_dict"]
+    kept = state["t2i"]["groups"]["critic"]["states"]["inside.weight"]["exp_avg"]
+    assert equal(method.state_dict(), weights)
+    assert isinstance(kept, Stored) == (form == "sharded") and state["t2i"]["counters"]["step"] == 2
+    assert form == "single" or sum("t2i/" in name for name in read[: len(weights)]) == 0 < len(read)
 
 
 # ---- what is read ----------------------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ def test_pictures_of_every_model(finished, tmp_path, monkeypatch, model) -> None
     assert images.shape == (len(records), 3, 32, 32) and subject.method.steps == 1
 
 
-def test_gradients_over_times(tmp_path, finished, monkeypatch) -> None:
+def test_gradients_over_times(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(cells, "held_out", lambda method, split, n: [
         (r, method.condition(r)) for r in (cells.scenes("val", 6)[0].slice(0, 3), cells.scenes("val", 6)[0].slice(3, 6))
     ])  # fmt: skip

@@ -100,12 +100,20 @@ def cell_of(folder: Path, **overrides) -> Cell:
     return Cell(0, folder, {"config": "configs/swiftbrush/tiny.yaml", "overrides": {**SMALL, **overrides}})
 
 
-def test_an_adapter_that_never_learns_moves_nothing_and_one_that_does_moves_the_student(folder) -> None:
-    (folder / "frozen").mkdir()
-    frozen = cell_of(folder / "frozen", **{"model.lora.optimizer.init_args.lr": 0.0})
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The folder of a training that is over: cells of the same one go on from its end."""
+    place = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIGHTNING_T2I_RUNS", str(place))
+        cells.fit(cell_of(place))
+    return place
+
+
+def test_an_adapter_that_never_learns_moves_nothing_and_one_that_does_moves_the_student(folder, trained) -> None:
+    frozen = cell_of(folder, **{"model.lora.optimizer.init_args.lr": 0.0})
     assert cells.moved(frozen).numbers["moved"] == 0
-    (folder / "free").mkdir()
-    assert cells.moved(cell_of(folder / "free")).numbers["moved"] > 1e-5
+    assert cells.moved(cell_of(trained)).numbers["moved"] > 1e-5
 
 
 def test_files_of_pictures_are_counted(folder) -> None:
@@ -119,10 +127,9 @@ def test_files_of_pictures_are_counted(folder) -> None:
     assert sum(n.endswith("a.png") for n in seen) == 1
 
 
-def test_backgrounds_of_a_student_and_of_its_teacher(folder) -> None:
-    cells.fit(cell_of(folder))
+def test_backgrounds_of_a_student_and_of_its_teacher(folder, trained) -> None:
     facts = {"split": "val", "n": 30}
-    student = cells.grounds(Cell(0, folder, {**facts, "of": "train-full"}, {"train-full": folder})).numbers
+    student = cells.grounds(Cell(0, folder, {**facts, "of": "train-full"}, {"train-full": trained})).numbers
     teacher = cells.grounds(Cell(0, folder, facts)).numbers
     for found in (student, teacher):
         shares = [found[name] for name in ("white", "grey", "black")]
@@ -130,13 +137,12 @@ def test_backgrounds_of_a_student_and_of_its_teacher(folder) -> None:
     assert teacher["kinds"] > 2 and student != teacher
 
 
-def test_measures_of_a_student_and_of_its_teacher(folder) -> None:
-    cells.fit(cell_of(folder))
+def test_measures_of_a_student_and_of_its_teacher(folder, trained) -> None:
     facts = {"split": "val", "n": 6, "varied": 3, "metrics": ["shapes_score", "fd"]}
-    student = cells.student(Cell(0, folder, {**facts, "of": "train-full"}, {"train-full": folder}))
+    student = cells.student(Cell(0, folder, {**facts, "of": "train-full"}, {"train-full": trained}))
     teacher = cells.teacher(Cell(0, folder, {**facts, "network": cells.TEACHER, "guidance": 4.5, "steps": 2}))
     for found in (student, teacher):
         assert found.numbers.keys() >= {"fd", "diversity"} and found.numbers["diversity"] > 0
         assert len(found.scores["shapes_score"]) == 6
-    assert json.loads((folder / "training" / "cost.json").read_text())["steps"] == 8
+    assert json.loads((trained / "training" / "cost.json").read_text())["steps"] == 8
     assert student.prompts == teacher.prompts and student.numbers["diversity"] != teacher.numbers["diversity"]

@@ -13,6 +13,7 @@ import tiny_networks
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from lightning_modules.diffusion import Diffusion
 from lightning_modules.tokenizer import Tokenizer
@@ -27,6 +28,7 @@ from lightning_t2i.paths import ROOT
 from lightning_t2i.pictures import save_png
 from lightning_t2i.processes.edm import EDM
 from lightning_t2i.processes.schedulers import to_scheduler
+from lightning_t2i.state_io import AtomicCheckpointIO, newest
 
 CHECKPOINT = {
     "t2i": {"counters": {"step": 20, "samples": 160}, "seed": 3},
@@ -360,3 +362,31 @@ def test_export_writes_the_card_of_a_run(tmp_path, monkeypatch) -> None:
     assert (tmp_path / "out" / "samples.png").is_file()
     assert str(tmp_path) not in card
     assert execute(snippet_of(card), tmp_path / "out", monkeypatch)["again"].shape == (1, 3, 32, 32)
+
+
+def test_a_run_in_bf16_exports_its_float32_weights(tmp_path, monkeypatch) -> None:
+    """Under FSDP2 it trains in bf16; the command that exports it has no strategy."""
+    monkeypatch.setenv("LIGHTNING_T2I_RUNS", str(tmp_path / "runs"))
+    tiny_networks.autoencoder().save_pretrained(tmp_path / "vae")
+    strategy = {"class_path": "lightning_t2i.strategies.FSDP2", "init_args": {"replicate": 1, "shard": 1}}
+    config = {
+        "model": {
+            "class_path": "lightning_modules.tokenizer.Tokenizer",
+            "init_args": {"network": str(tmp_path / "vae"), "common": {"precision": "bf16"}},
+        },
+        "data": {"class_path": "pictures.Pictures"},
+        "trainer": {
+            "accelerator": "cpu", "devices": 1, "max_steps": 2, "strategy": strategy, "limit_val_batches": 0,
+        },
+        "throughput": {"enabled": False},
+        "samples": {"enabled": False},
+        "tracking": {"wandb": "off"},
+    }  # fmt: skip
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", str(tmp_path / "mine.yaml")]) == 0
+    assert main(["export", str(tmp_path / "out"), "--run", "mine"]) == 0
+    state = AtomicCheckpointIO().load_checkpoint(newest(tmp_path / "runs/mine/checkpoints"))["state_dict"]
+    (file,) = (tmp_path / "out").rglob("*.safetensors")
+    name = "encoder.conv_in.weight"
+    written, kept = load_file(file)[name], state[f"autoencoder.{name}"]
+    assert torch.equal(written, kept.to(written.dtype)) and not torch.equal(kept, kept.bfloat16().float())

@@ -15,7 +15,7 @@ import torch
 import yaml
 from wandb_reader import history
 
-from lightning_t2i.cli import launch, runs, verbs
+from lightning_t2i.cli import launch, runs, session, verbs
 from lightning_t2i.cli.main import main
 from lightning_t2i.errors import UserError
 from lightning_t2i.guards import NonFiniteError
@@ -32,16 +32,20 @@ CONFIG = {
 }
 
 
-@pytest.fixture
-def config(tmp_path, monkeypatch) -> Path:
-    """A config file whose runs land in tmp_path/runs, which is also the working directory's."""
-    monkeypatch.setenv("LIGHTNING_T2I_RUNS", str(tmp_path / "runs"))
+def written(folder: Path, patch: pytest.MonkeyPatch) -> Path:
+    """A config file whose runs land in folder/runs."""
+    patch.setenv("LIGHTNING_T2I_RUNS", str(folder / "runs"))
     inherited = ("RANK", "LOCAL_RANK", "WANDB_SERVICE", launch.HANDED_DOWN)
     for name in [n for n in os.environ if n.startswith(("SLURM_", "TORCHELASTIC_")) or n in inherited]:
-        monkeypatch.delenv(name)
-    file = tmp_path / "toy.yaml"
+        patch.delenv(name)
+    file = folder / "toy.yaml"
     file.write_text(yaml.safe_dump(CONFIG))
     return file
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch) -> Path:
+    return written(tmp_path, monkeypatch)
 
 
 def fit(config: Path, *words: str) -> int:
@@ -193,9 +197,18 @@ def test_how_a_run_is_watched_may_change(config, tmp_path) -> None:
     )
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The folder of a run that nobody killed."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        assert fit(written(folder, patch)) == 0
+    return folder / "runs" / "toy"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kill_at", [5, 8])
-def test_a_killed_run_ends_like_one_that_was_not(config, tmp_path, repo, kill_at) -> None:
+def test_a_killed_run_ends_like_one_that_was_not(whole, config, tmp_path, repo, kill_at) -> None:
     """SIGKILL within a checkpoint interval, and just after a checkpoint; W&B's offline files miss nothing either."""
     config.write_text(yaml.safe_dump(CONFIG | {"tracking": {"wandb": "offline"}}))
     environment = {**os.environ, "KILL_AT_STEP": str(kill_at), "PYTHONPATH": str(repo / "tests" / "helpers")}
@@ -211,8 +224,6 @@ def test_a_killed_run_ends_like_one_that_was_not(config, tmp_path, repo, kill_at
     assert resumed_from == (4 if kill_at == 5 else 8)
 
     assert fit(config) == 0
-    assert fit(config, "--run", "whole", "--tracking.wandb", "off") == 0
-    whole = tmp_path / "runs" / "whole"
     assert logged(run) == logged(whole)
     a, b = weights(run), weights(whole)
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -389,6 +400,14 @@ def test_an_evaluation_tells_what_it_has_otherwise_than_its_run(config, tmp_path
 def test_a_rehearsal_leaves_no_run(config, tmp_path) -> None:
     assert fit(config, "--trainer.fast_dev_run", "true") == 0
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_device_of_a_training_is_told_before_it(config, tmp_path, monkeypatch) -> None:
+    """So that a GPU's multiplies float32 as the measured peak assumes."""
+    devices: list[torch.device] = []
+    monkeypatch.setattr(session, "use_tensor_cores", devices.append)
+    assert fit(config, "--trainer.fast_dev_run", "true") == 0
+    assert devices == [torch.device("cpu")]
 
 
 def test_a_rehearsal_waits_for_nobody_and_leaves_nothing(config, tmp_path, monkeypatch) -> None:

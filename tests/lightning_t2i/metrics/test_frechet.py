@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from largest import Largest
 from torch import Tensor, nn
 
 from lightning_t2i.errors import UserError
+from lightning_t2i.metrics import frechet
 from lightning_t2i.metrics.frechet import (
     FrechetDistance,
     InceptionFeatures,
@@ -129,6 +131,18 @@ def test_recall_is_the_share_of_the_reference_that_is_covered() -> None:
     line = torch.tensor([0.0, 1, 2, 3, 10]).double()[:, None]
     probes = torch.tensor([-3.5, -2.9, 5.9, 6.1, 18.9, 19.1]).double()[:, None]
     assert [float(recall(line, p[None])) for p in probes] == [0, 1, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("width", [2, 40])
+def test_recall_in_blocks_is_recall_of_whole_matrices(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = torch.randn(200, width).double(), torch.randn(330, width).double()
+    whole = [float((torch.cdist(y, x) <= torch.cdist(x, x).kthvalue(k + 1, 1).values).any(1).double().mean())
+             for k in (1, 3)]  # fmt: skip
+    assert 0 < whole[0] < whole[1] < 1
+    monkeypatch.setattr(frechet, "ROWS", 16)
+    with Largest() as largest:
+        assert [float(recall(x, y, k)) for k in (1, 3)] == pytest.approx(whole, abs=1e-12)
+    assert largest.entries <= max(y.numel(), 330 * 2 + 16 * 200, 330 * (width + 2))  # no matrix of all pairs
 
 
 def test_recall_needs_neighbours() -> None:

@@ -1,5 +1,8 @@
 """The Chinese tokenizer gives the published ids, keeps [SEP] where it cuts, and is a stock tokenizer."""
 
+import pytest
+
+from lightning_t2i.errors import UserError
 from lightning_t2i.networks.chinese_tokenizer import VOCABULARY, ChineseTokenizer
 from lightning_t2i.paths import ROOT
 
@@ -32,6 +35,20 @@ def test_curly_quotes_and_case_and_accents_are_folded():
     assert tokenizer(["‘ABC’"]).tolist() == tokenizer(["'abc'"]).tolist()
     assert 100 not in tokenizer(["“猫”"])
     assert tokenizer(["CAFÉ"]).tolist() == tokenizer(["cafe"]).tolist()
+
+
+@pytest.mark.parametrize("change", ["fewer", "swapped"])
+def test_another_vocabulary_is_refused(tmp_path, change):
+    """Of another size, or with the end of a text elsewhere: ids of the one mean other words to a tower of the other."""
+    words = (ROOT / VOCABULARY / "vocab.txt").read_text(encoding="utf-8").strip().split("\n")
+    if change == "fewer":
+        words = words[:-1]
+    else:
+        words[102], words[103] = words[103], words[102]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match="Chinese BERT") as error:
+        ChineseTokenizer(str(tmp_path))
+    assert ("21127 entries" if change == "fewer" else "[SEP] 103") in str(error.value)
 
 
 def test_the_saved_folder_is_stock(tmp_path):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import diffusers
 import pytest
 import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 from tiny_networks import autoencoder, pipeline_folder
 
 from lightning_t2i.batch import Records
@@ -117,18 +121,36 @@ def test_tiny_autoencoders_have_no_posterior():
     assert codec.encode(pictures()).shape == (2, *codec.latent_shape(16))
 
 
-@torch.no_grad()
-def test_tokens_of_records_and_a_vq_model_that_looks_codes_up(tmp_path):
-    """aMUSEd's decoder takes indices; cached latents give the tokens of their pictures."""
+def vq_model(**changes: Any) -> diffusers.VQModel:
     torch.manual_seed(0)
     facts = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     facts |= {"block_out_channels": (8, 8), "latent_channels": 4, "num_vq_embeddings": 16, "norm_num_groups": 4}
-    vq = diffusers.VQModel(**facts, mid_block_add_attention=False, scaling_factor=0.3).eval()
-    codec = LatentCodec(vq)
-    places = torch.arange(2)
+    return diffusers.VQModel(**facts, mid_block_add_attention=False, scaling_factor=0.3, **changes).eval()
+
+
+@torch.no_grad()
+def test_tokens_of_records():
+    """Cached latents give the tokens of their pictures."""
+    codec, places = LatentCodec(vq_model()), torch.arange(2)
     tokens = codec.tokens(Records(places, places, image=pictures()))
-    assert torch.equal(tokens, codec.encode_tokens(pictures()))
+    assert torch.equal(tokens, codec.encode_tokens(pictures())) and len(tokens.unique()) > 1
     assert torch.equal(codec.tokens(Records(places, places, latent=codec.encode(pictures()))), tokens)
-    shown = codec.decode_tokens(tokens)
-    vq.register_to_config(lookup_from_codebook=True)
-    torch.testing.assert_close(codec.decode_tokens(tokens), shown)
+
+
+@torch.no_grad()
+def test_amuseds_autoencoder_gets_and_gives_what_its_stock_pipelines_do():
+    """Pictures in [0, 1], and a decoder that takes indices."""
+    vq, stock = vq_model(lookup_from_codebook=True), VaeImageProcessor(vae_scale_factor=2, do_normalize=False)
+    codec, places = LatentCodec(vq), torch.arange(2)
+    levels = (pictures() * 127.5 + 127.5).round()
+    files = [Image.fromarray(picture.permute(1, 2, 0).to(torch.uint8).numpy()) for picture in levels]
+    z = vq.encode(stock.preprocess(files)).latents
+    codes = vq.quantize(z)[2][2].view(2, 8, 8)
+    shown = vq.decode(codes, force_not_quantize=True, shape=(2, 8, 8, 4)).sample.clip(0, 1)
+    images = levels / 127.5 - 1
+    torch.testing.assert_close(codec.encode(images), 0.3 * z)
+    assert torch.equal(codec.tokens(Records(places, places, image=images)), codes)
+    assert torch.equal(codec.tokens(Records(places, places, latent=codec.encode(images))), codes)
+    for found in (codec.decode_tokens(codes), codec.decode(0.3 * z)):
+        torch.testing.assert_close((found.clamp(-1, 1) + 1) / 2, shown)
+    assert not torch.equal(LatentCodec(vq_model()).encode_tokens(images), codes)  # ours, of pictures in [-1, 1]

@@ -78,6 +78,8 @@ def test_pickled_weights_are_not_read(tmp_path):
         ({"_class_name": "UNet3"}, "UNet3"),
         ({"sample_size": 8}, "Not a diffusers"),
         ("/nowhere/at/all", "No such model folder"),
+        ("exported/nowhere", "make it first: python train.py export"),  # ours, which no hub has
+        ("data/nowhere", "check the path"),
     ],
 )
 def test_mistakes_are_told(spec, match):

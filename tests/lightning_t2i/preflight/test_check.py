@@ -10,8 +10,10 @@ import yaml
 
 from benchmarks.preflight_memory import BAR, measured_peak, predicted_peak
 from lightning_t2i.cli.main import main, parse
+from lightning_t2i.cli.verbs import opened
 from lightning_t2i.errors import UserError
 from lightning_t2i.paths import ROOT
+from lightning_t2i.preflight.doubts import _guidance
 from lightning_t2i.preflight.plan import duration
 
 MESH = {"class_path": "lightning_t2i.strategies.FSDP2", "init_args": {"replicate": None, "shard": None}}
@@ -123,6 +125,25 @@ def test_values_that_cannot_be_meant(config, capsys):
     }
 
 
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({}, ["model.null_probability"]),
+        ({"sampling": {"guidance": 1.0}}, []),
+        ({"sampling": {"guidance": 500.0}}, ["model.sampling.guidance", "model.null_probability"]),
+        ({"null_probability": 0.1}, []),
+    ],
+    ids=str,
+)
+def test_the_guidance_of_fluid_is_its_samplings(config, changes, keys):
+    """Its default too: without `sampling` a config does not say it."""
+    parts = dict.fromkeys(("network", "codec", "text"), "none/such")
+    model = {"class_path": "lightning_modules.fluid.Fluid", "init_args": {**parts, "null_probability": 0.0, **changes}}
+    config.write_text(yaml.safe_dump({**CONFIG, "model": model}))
+    session, resolved = opened(parse(["check", "--config", str(config)]))
+    assert [doubt.key for doubt in _guidance(resolved, session.method)] == keys
+
+
 def test_data_that_are_missing_or_too_few(config, capsys, tmp_path):
     (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
     prompts = {"class_path": "datamodules.prompts.Prompts", "init_args": {"source": "prompts.txt", "batch_size": 4}}
@@ -132,6 +153,20 @@ def test_data_that_are_missing_or_too_few(config, capsys, tmp_path):
     found = check(capsys, "--config", str(config))
     assert warned(found) == {"data.main.source", "data.real.batch_size", "data.workers"}
     assert {s["name"]: (s["there"], s["rows"]) for s in found["data"]} == {"main": (False, None), "real": (True, 3)}
+
+
+def test_a_search_counts_what_it_keeps_and_shares_its_pictures(capsys, monkeypatch, tmp_path):
+    """A batch of every prompt with every seed is more than there are prompts, and meant so."""
+    monkeypatch.setenv("LIGHTNING_T2I_RUNS", str(tmp_path / "runs"))
+    tiny = str(ROOT / "configs/ecad/tiny.yaml")
+    found = [check(capsys, "--config", tiny, "--model.micro_batch", str(size)) for size in (5, 10)]
+    memory = [plan["memory_per_rank"] for plan in found]
+    assert 0 < 2 * memory[0]["kept values"] == memory[1]["kept values"]
+    assert memory[1]["peak"] == memory[1]["frozen"] + memory[1]["kept values"]
+    assert warned(found[0]) == set()
+    words = ["check", "--config", tiny, "--config", str(ROOT / "configs/trainer/cpu_two.yaml"), "--ranks"]
+    assert main([*words, "4"]) == 2
+    assert "data.main.limit: 14, model.seeds: 2, data.main.batch_size: 28" in capsys.readouterr().err
 
 
 def test_pictures_of_another_size_than_the_network_takes_are_told(config, capsys):

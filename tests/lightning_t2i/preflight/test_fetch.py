@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+from lightning_t2i.cli.configs import merge
 from lightning_t2i.errors import UserError
 from lightning_t2i.networks import load
 from lightning_t2i.paths import ROOT
@@ -20,6 +23,7 @@ from lightning_t2i.preflight.fetch import cached, fetch, hub_sources, is_hub_id
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 HERE, GATED = "owner/tiny", "owner/gated"
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -145,8 +149,31 @@ def test_sources_of_a_config():
     assert hub_sources(wukong) == {("owner/clip", "abc"), ("owner/words", "main")}
     for key in ("base", "backbone", "parts"):
         assert hub_sources({key: "owner/sd", "revision": "abc"}) == {("owner/sd", "abc")}
-    ours = ("assets/tiny", "exported/mine", "a/b/c", "./a", "configs/x.json", None, 3)
+    v2 = {"clip": "owner/clip", "decoder": "owner/taesd", "teacher": "owner/sd", "revision": "abc"}
+    assert hub_sources(v2) == {("owner/clip", "main"), ("owner/taesd", "main"), ("owner/sd", "abc")}
+    pinned = {("owner/clip", "def"), ("owner/taesd", "main"), ("owner/sd", "abc")}
+    assert hub_sources({**v2, "clip_revision": "def", "decoder_revision": None}) == pinned
+    assert hub_sources({"eval": {"networks": {"clip": "owner/clip"}}}) == {("owner/clip", "main")}
+    cache = {"encoder": "owner/sd", "revision": "abc"}
+    assert hub_sources({"main": {"text_cache": cache}}) == {("owner/sd", "abc")}
+    ours = ("assets/tiny", "exported/mine", "a/b/c", "./a", "configs/x.json", "weights/x.safetensors", None, 3)
     assert [x for x in ours if is_hub_id(x)] == []
+
+
+def leaves(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value with the nearest key above it."""
+    if isinstance(config, dict | list):
+        for name, value in config.items() if isinstance(config, dict) else ((key, value) for value in config):
+            yield from leaves(value, name)
+    else:
+        yield key, config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
+def test_every_hub_id_of_a_shipped_config_is_fetched(path):
+    config = merge([path]).config
+    named = {value for key, value in leaves(config) if is_hub_id(value) and key != "metric"}  # those are val/NAME
+    assert {name for name, _ in hub_sources(config)} == named
 
 
 def test_the_revision_is_asked_for(monkeypatch):

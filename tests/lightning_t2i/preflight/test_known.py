@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_t2i.networks.load import build_network
+from lightning_t2i.paths import ROOT
 from lightning_t2i.preflight.known import KNOWN
 
 CLIP_L, CLIP_H, CLIP_G, T5_XXL = 123_060_480, 340_387_840, 694_659_840, 4_762_310_656
@@ -37,3 +38,8 @@ def test_a_pipeline_lists_the_components_that_it_has(name):
     files = KNOWN[name]()
     index = files.get("model_index.json", {})
     assert set(index) == {file.split("/")[0] for file in files if "/" in file} or "config.json" in files
+
+
+def test_the_page_names_every_known_network():
+    page = (ROOT / "docs/preflight.md").read_text(encoding="utf-8")
+    assert [name for name in KNOWN if f"`{name}`" not in page] == []

@@ -175,24 +175,29 @@ def test_edm_euler_equals_diffusers():
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
-def test_dpmpp_2m_equals_diffusers():
+@pytest.mark.parametrize("steps", [1, 4, 10, 25, 50])
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_dpmpp_2m_equals_diffusers(steps, prediction):
     process = DDPM()
-    scheduler = diffusers.DPMSolverMultistepScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        timestep_spacing="trailing",
-        lower_order_final=False,
-    )
-    scheduler.set_timesteps(25)
-    assert torch.equal(scheduler.timesteps, process.timesteps(25)[:-1])
+    scheduler = to_scheduler(process, prediction, solver="dpmpp_2m")
+    assert isinstance(scheduler, diffusers.DPMSolverMultistepScheduler)
+    scheduler.set_timesteps(steps)
+    assert torch.equal(scheduler.timesteps, process.timesteps(steps)[:-1])
     x = start(process)
     for t in scheduler.timesteps:
         alpha, sigma = process.alpha_sigma(t, torch.float64)
-        eps = (x - alpha * MODES.x0(process, x, t)) / sigma
-        x = scheduler.step(eps, t, x).prev_sample
-    ours = solve(x0_of(MODES, process), process, start(process), process.timesteps(25), "dpmpp_2m")
-    torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-4)
+        x0 = MODES.x0(process, x, t)
+        eps = (x - alpha * x0) / sigma
+        x = scheduler.step({"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0}[prediction], t, x).prev_sample
+    ours = solve(x0_of(MODES, process), process, start(process), process.timesteps(steps), "dpmpp_2m")
+    torch.testing.assert_close(ours, x, rtol=1e-4, atol=2e-5)
+
+
+def test_schedulers_that_would_sample_otherwise_are_not_given():
+    for process in (DDPM(clip=1.0), DDPM(zero_terminal_snr=True)):
+        assert isinstance(to_scheduler(process, "v", solver="dpmpp_2m"), diffusers.DDIMScheduler)
+    flow = to_scheduler(RectifiedFlow(), "velocity", solver="dpmpp_2m")
+    assert isinstance(flow, diffusers.FlowMatchEulerDiscreteScheduler)
 
 
 def test_guided_sampling_of_a_network_equals_diffusers():

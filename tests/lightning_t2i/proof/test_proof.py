@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 
+import programs
 import pytest
 import torch
+from kills import what_a_kill_changes
 from toy import Toy
 
 from lightning_t2i.errors import UserError
+from lightning_t2i.proof import runs
 from lightning_t2i.proof.__main__ import main
 from lightning_t2i.proof.compare import between, differences, equal, logged, trace
 from lightning_t2i.proof.runs import EVERY, config_of, moments, start
@@ -29,10 +32,12 @@ class Forgetful(Toy):
         super().training_step(batch, batch_idx)
 
 
-@pytest.fixture(scope="module")
-def forgetful(tmp_path_factory):
+@pytest.fixture
+def forgetful(tmp_path, repo, monkeypatch):
     """A config whose class is found beside it."""
-    folder = tmp_path_factory.mktemp("forgetful")
+    monkeypatch.setenv("PYTHONPATH", f"{repo / 'tests/helpers'}:{repo / 'tests/lightning_t2i/proof'}")
+    folder = tmp_path / "forgetful"
+    folder.mkdir()
     (folder / "forgetful.py").write_text("from test_proof import Forgetful\n__all__ = ['Forgetful']\n")
     (folder / "forgetful.yaml").write_text(
         "model: {class_path: forgetful.Forgetful}\ndata: {class_path: toy.ToyData}\n"
@@ -51,6 +56,16 @@ def test_moments_are_decided_by_their_seed_and_some_are_saves() -> None:
     saves = [k.step for k in kills if k.where == "save"]
     assert len(saves) == 2 and all((step + 1) % EVERY == 0 for step in saves)
     assert {k.where for seed in range(20) for k in moments(seed, 1, 6)} == {"step", "save"}
+
+
+# (step, where) of each kill that tests of methods draw -> a seed of it
+DRAWN = {(k.step, k.where): seed for seed in range(50) for k in moments(seed, 1, 6, every=2, first=2)}
+
+
+def test_moments_can_be_kept_behind_the_first_checkpoint() -> None:
+    assert sorted(DRAWN) == [(2, "step"), (3, "save"), (3, "step"), (4, "step")]
+    kills = [k for seed in range(50) for k in moments(seed, 3, 12, every=4, first=5)]
+    assert {k.step for k in kills if k.where == "save"} == {7} and {k.step for k in kills} == set(range(5, 11))
 
 
 def test_a_kill_comes_through_the_environment(monkeypatch) -> None:
@@ -116,9 +131,15 @@ def test_a_step_that_was_another_one_the_second_time_is_noticed(tmp_path) -> Non
 
 
 @pytest.mark.slow
-def test_a_method_that_forgets_is_found_out_and_the_result_says_where(forgetful, tmp_path, repo, monkeypatch, capsys):
-    folders = f"{repo / 'tests/helpers'}:{repo / 'tests/lightning_t2i/proof'}"
-    monkeypatch.setenv("PYTHONPATH", folders)
+@pytest.mark.parametrize("draw", DRAWN, ids=str)
+def test_a_method_that_forgets_is_found_out_by_every_kill_that_tests_draw(forgetful, tmp_path, draw) -> None:
+    wrong = what_a_kill_changes(tmp_path, str(forgetful), "1x1", seed=DRAWN[draw])
+    assert any(path.startswith("checkpoint/state_dict/critic.") for path in wrong)
+
+
+@pytest.mark.slow
+def test_a_method_that_forgets_is_found_out_and_the_result_says_where(forgetful, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "subprocess", programs)
     words = [str(forgetful), "--meshes", "1x1", "--kills", "1", "--steps", "6", "--seed", "10", "--out", str(tmp_path)]
     words_for_fit = ["--model.dropout", "0.2"]
     assert main([*words, *words_for_fit]) == 1
@@ -134,7 +155,7 @@ def test_a_method_that_forgets_is_found_out_and_the_result_says_where(forgetful,
 
 
 @pytest.mark.slow
-def test_a_run_that_ends_by_itself_is_no_kill(forgetful, tmp_path) -> None:
+def test_a_run_that_ends_by_itself_is_no_kill(tmp_path) -> None:
     with pytest.raises(RuntimeError, match=r"should have been killed .*exit code 0"):
         start(["list"], {}, Kill(1, "step", 0.5))
     with pytest.raises(FileNotFoundError, match="no complete checkpoint"):

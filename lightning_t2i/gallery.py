@@ -52,7 +52,7 @@ CURVES: dict[str, list[Panel]] = {
         ("gap of both estimates", {"gap": "student/gap"}),
         ("g by thirds of the times", {
             "low": "student/g_low", "middle": "student/g_mid", "high": "student/g_high"}),
-        ("x of the student", {"deviation": "student/contrast"}),
+        ("deviation of the student's x", {"deviation": "student/contrast"}),
     ],
     "instaflow": [
         ("loss of the reflow", {"all times": "student/loss"}),

@@ -113,8 +113,9 @@ def page(results: dict[str, Planned], measured: Sequence[Sequence[Any]]) -> str:
         "for a multiplication with an addition; time for data, collectives, validation and checkpoints comes on top. "
         "Memory is that of the worst moment of a step on the mesh (replicate x shard); where it is more than a card "
         "has, `check` says what to change. A step of ECAD is a generation; half of its computations are taken to be "
-        "reused, and its memory has the values that a schedule keeps at most. Frozen text encoders run in the training, "
-        "T5-XXL in Fluid's; the figures of Fluid's paper leave it out. Steps of InstaFlow with a perceptual loss are counted as those without.",
+        "reused, and its memory has the values that a schedule keeps at most. Frozen text encoders run in the "
+        "training, T5-XXL in Fluid's; the figures of Fluid's paper leave it out. Steps of InstaFlow with a perceptual "
+        "loss are counted as those without.",
         "## The papers' experiments",
         table(rows, head),
         "## The tiny configs on one CPU core",

@@ -4,9 +4,9 @@
     forward  1          its gradient adds 2 where the network has trained weights, 1 where the gradient only passes
 
 Two backward passes through one forward pass add their units twice. Passes are counted where a network's own forward is
-called: at its shard roots, and at encoder and decoder of an autoencoder, each under its own name; of networks that
-share a backbone, under that of the one that answers. A pass that gradient checkpointing repeats inside a network is not
-seen.
+called: at the shard roots of a wrapper, and at encoder and decoder of an autoencoder, each under its own name; of
+networks that share a backbone, under that of the one that answers. A pass that gradient checkpointing repeats inside a
+network is not seen.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._pytree import tree_leaves
 
 from lightning_t2i.flops import counting
-from lightning_t2i.strategies.sharding import roots
 
 
 @runtime_checkable
@@ -57,9 +56,9 @@ class Units:
 def counted_modules(network: nn.Module) -> dict[str, nn.Module]:
     """The modules whose calls are passes of a network, by what is appended to its name."""
     found: dict[str, nn.Module] = {}
-    several = len(roots(network)) > 1
-    for i, root in enumerate(roots(network)):
-        name = f".{i}" if several else ""
+    wholes = network.shard_roots() if hasattr(network, "shard_roots") else [network]
+    for i, root in enumerate(wholes):
+        name = f".{i}" if len(wholes) > 1 else ""
         parts = {part: getattr(root, part, None) for part in ("encoder", "decoder")}
         if all(isinstance(m, nn.Module) for m in parts.values()) and hasattr(root, "encode"):
             found |= {f"{name}.{part}": module for part, module in parts.items() if module is not None}

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from diffusers.models.autoencoders.vae import AutoencoderMixin
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -23,7 +22,7 @@ def roots(network: nn.Module) -> list[nn.Module]:
     autoencoder, whose decoder's backward would else give back the weights that its encoder's still needs; or itself."""
     if declared := getattr(network, "shard_roots", None):
         return declared()
-    if isinstance(network, AutoencoderMixin):
+    if any(kind.__name__ == "AutoencoderMixin" for kind in type(network).__mro__):  # diffusers' takes long to import
         return [part for part in network.children() if next(part.parameters(), None) is not None]
     return [network]
 

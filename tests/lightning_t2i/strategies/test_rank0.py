@@ -26,6 +26,7 @@ from lightning_t2i.networks.backbones import adapter_for
 from lightning_t2i.networks.load import load_model
 from lightning_t2i.options import EMAOptions, GroupOptions, MethodOptions
 from lightning_t2i.strategies import shard_network
+from lightning_t2i.strategies.sharding import roots
 
 # folder of assets/tiny, component: UNet2D, UNet2DCondition, PixArt, Flux, AutoencoderKL, CLIP text, T5
 NETWORKS = [
@@ -79,7 +80,7 @@ def networks(rank: int, tiny: str, bare: str) -> list[dict]:
                 facts[f"{kind}_output"] = output(network)
             facts["output"] = output(reference)
         facts["kept"] = len(dict(reference.named_buffers()).keys() - reference.state_dict().keys())
-        facts["is_cut"] = isinstance(cut, FSDPModule) and not cut.training
+        facts["is_cut"] = all(isinstance(root, FSDPModule) for root in roots(cut)) and not cut.training
         found.append(facts)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -62,6 +63,9 @@ class FSDP2(ModelParallelStrategy):
     def setup_environment(self) -> None:
         Strategy.setup_environment(self)
         self._setup_distributed()
+        # While the interpreter ends, a thread of gloo that holds tensors can crash it (pytorch/pytorch#179291): the
+        # threads end before. Lightning does it for NCCL alone.
+        atexit.register(_leave)
         roll_call.begin(_get_default_store(), self.global_rank)
         self._device_mesh = init_device_mesh(
             self.root_device.type, self.mesh_shape(), mesh_dim_names=("replicate", "shard")
@@ -102,3 +106,8 @@ class FSDP2(ModelParallelStrategy):
 def mesh_of(module: L.LightningModule) -> Any:
     """The (replicate, shard) mesh that the strategy set on the module, or None in a single plain process."""
     return getattr(module, "_device_mesh", None)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,8 +1,10 @@
 """Sharded networks on two gloo processes: fresh weights in every forward, whole norms, small frozen ones whole."""
 
+import os
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -175,3 +177,21 @@ def test_a_mesh_that_does_not_fit_names_the_numbers():
     with pytest.raises(UserError, match="replicate 3 x shard 2 = 6") as error:
         strategy(8, replicate=3, shard=2).mesh_shape()
     assert "8 = trainer.devices" in str(error.value)
+
+
+AT_THE_END = """
+import atexit, sys
+import torch.distributed as dist
+from toy import Toy, ToyData, trainer_for
+
+atexit.register(lambda: print("still there:", dist.is_initialized()))
+trainer_for(sys.argv[1], 1, fsdp=True).fit(Toy(), ToyData())
+print("before:", dist.is_initialized())
+"""
+
+
+def test_a_process_leaves_its_groups_before_it_ends(tmp_path, repo) -> None:
+    (tmp_path / "script.py").write_text(AT_THE_END)
+    environment = {**os.environ, "PYTHONPATH": f"{repo}:{repo / 'tests/helpers'}", "OMP_NUM_THREADS": "1"}
+    done = programs.run([sys.executable, str(tmp_path / "script.py"), str(tmp_path)], env=environment)
+    assert done.stdout.splitlines()[-2:] == ["before: True", "still there: False"], done.stderr

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = ("exported", "data", "assets", "configs", "runs")  # folders that a config names before they are made
+FOLDERS = ("exported", "data", "assets", "configs", "runs")  # of ours, which a config names before they are made
 
 
 def resolve(path: str | Path) -> Path:
@@ -17,3 +17,8 @@ def resolve(path: str | Path) -> Path:
     if path.is_absolute() or path.exists():
         return path
     return ROOT / path if (ROOT / path).exists() else path
+
+
+def may_be_hub_id(text: str) -> bool:
+    """Whether a text has the form owner/name of a repository of the hub: no path, and in no folder of ours."""
+    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and text.split("/")[0] not in FOLDERS

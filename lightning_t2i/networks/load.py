@@ -15,8 +15,7 @@ from lightning_t2i.errors import UserError
 from lightning_t2i.networks import projections
 from lightning_t2i.networks.backbones import is_told_size
 from lightning_t2i.networks.codec import factor_of
-from lightning_t2i.paths import OURS as FOLDERS
-from lightning_t2i.paths import resolve
+from lightning_t2i.paths import may_be_hub_id, resolve
 from lightning_t2i.processes.base import Process
 from lightning_t2i.processes.schedulers import from_scheduler
 
@@ -42,8 +41,7 @@ def locate(path: str | Path) -> str:
     if folder.is_dir():
         return str(folder.resolve())
     text = str(path)
-    owner = text.split("/")[0]
-    if text.count("/") == 1 and not text.startswith((".", "/", "~")) and owner not in FOLDERS:
+    if may_be_hub_id(text):
         return text
     parent = resolve(folder.parent)
     beside = sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else ()
@@ -52,7 +50,7 @@ def locate(path: str | Path) -> str:
         where=text,
         given=folder.name,
         allowed=beside or "a folder, or a hub id owner/name",
-        fix=MADE_BY if owner == "exported" else "check the path",
+        fix=MADE_BY if text.startswith("exported/") else "check the path",
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from lightning_t2i.errors import UserError
-from lightning_t2i.paths import OURS, resolve
+from lightning_t2i.paths import may_be_hub_id, resolve
 
 Source: TypeAlias = tuple[str, str]  # hub id, revision
 Cache: TypeAlias = dict[Source, Path | None]  # folder in the local cache, named by its commit; None: not there
@@ -28,9 +28,9 @@ UNWANTED = ["*.fp16.*", "*.non_ema.*", "*flax*", "*openvino*", "*onnx*", "safety
 
 def is_hub_id(text: Any) -> bool:
     """Whether a value of a config means a repository of the hub: owner/name, no folder of ours."""
-    if not isinstance(text, str) or text.count("/") != 1 or text.startswith((".", "/", "~")) or text.endswith(FILES):
+    if not isinstance(text, str) or not may_be_hub_id(text):
         return False
-    return text.split("/")[0] not in OURS and not resolve(text).exists()
+    return not text.endswith(FILES) and not resolve(text).exists()
 
 
 def hub_sources(config: Mapping[str, Any]) -> set[Source]:

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import torch.distributed as dist
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.strategy import Strategy
 from torch.distributed.device_mesh import init_device_mesh
@@ -65,7 +66,7 @@ class FSDP2(ModelParallelStrategy):
         self._setup_distributed()
         # While the interpreter ends, a thread of gloo that holds tensors can crash it (pytorch/pytorch#179291): the
         # threads end before. Lightning does it for NCCL alone.
-        atexit.register(_leave)
+        atexit.register(_destroy_dist_connection)
         roll_call.begin(_get_default_store(), self.global_rank)
         self._device_mesh = init_device_mesh(
             self.root_device.type, self.mesh_shape(), mesh_dim_names=("replicate", "shard")
@@ -106,8 +107,3 @@ class FSDP2(ModelParallelStrategy):
 def mesh_of(module: L.LightningModule) -> Any:
     """The (replicate, shard) mesh that the strategy set on the module, or None in a single plain process."""
     return getattr(module, "_device_mesh", None)
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
